@@ -20,7 +20,7 @@ import uvloop
 
 from bench.http import cpu_of_threads_s, need_wrk, ours, wrk
 from bench.measure import Goal, asked_for_smoke, report
-from bench.redis_server import BenchRedis, info, redis_server
+from bench.redis_server import BenchRedis, redis_cpu_us, redis_server
 from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.leased import LeasedCounters
@@ -92,7 +92,7 @@ def over_http(rounds: int, seconds: int) -> dict[str, list[float]]:
 def on_redis(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int) -> tuple[float, float]:
     """CPU µs of the client and of Redis per charge."""
 
-    async def measure() -> float:
+    async def measure() -> tuple[float, float]:
         store = RedisCounters(server.url, timeout_s=5)
         charges = [Charge(tuple((limits, f"k:{number:024x}") for limits in sets)) for number in range(2000)]
         numbers = iter(range(calls))
@@ -102,44 +102,40 @@ def on_redis(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int) -> tupl
                 await store.charge((charges[number % len(charges)],))
 
         await store.charge(charges[:1])
-        server.client.config_resetstat()
-        started = time.process_time()
+        before_us, started = redis_cpu_us(server), time.process_time()
         await asyncio.gather(*(take_turns() for _ in range(IN_FLIGHT)))
-        taken = time.process_time() - started
+        taken, redis_us = time.process_time() - started, redis_cpu_us(server) - before_us
         await store.close()
-        return taken / calls * 1e6
+        return taken / calls * 1e6, redis_us / calls
 
-    client_us = uvloop.run(measure())
-    return client_us, float(info(server, "commandstats")["cmdstat_evalsha"]["usec_per_call"])
+    return uvloop.run(measure())
 
 
 def leased(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int) -> tuple[float, float]:
     """CPU µs of this process and of Redis per check, with leases."""
 
-    async def measure() -> float:
+    async def measure() -> tuple[float, float]:
         store = LeasedCounters(GuardedCounters(RedisCounters(server.url, timeout_s=5)))
         counters = [tuple((limits, f"k:{number:024x}") for limits in sets) for number in range(LEASED_CALLERS)]
         for number in range(20 * LEASED_CALLERS):
             await store.charge((Charge(counters[number % LEASED_CALLERS]),))
-        server.client.config_resetstat()
-        started = time.process_time()
+        before_us, started = redis_cpu_us(server), time.process_time()
         for number in range(calls):
             if store.charge_now(counters[number % LEASED_CALLERS], 1) is None:
                 await store.charge((Charge(counters[number % LEASED_CALLERS]),))
             if not number % IN_FLIGHT:
                 await asyncio.sleep(0)
-        taken = time.process_time() - started
+        taken, redis_us = time.process_time() - started, redis_cpu_us(server) - before_us
         await store.close()
-        return taken / calls * 1e6
+        return taken / calls * 1e6, redis_us / calls
 
-    client_us = uvloop.run(measure())
-    return client_us, float(info(server, "commandstats").get("cmdstat_evalsha", {"usec": 0})["usec"]) / calls
+    return uvloop.run(measure())
 
 
 def reads_and_writes(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int) -> float:
     """CPU µs of Redis for a script that reads and writes the counters and decides nothing."""
     sha = str(server.client.script_load(READS_AND_WRITES))
-    server.client.config_resetstat()
+    before_us = redis_cpu_us(server)
     for first in range(0, calls, IN_FLIGHT):
         pipeline = server.client.pipeline(transaction=False)
         for number in range(first, first + IN_FLIGHT):
@@ -147,7 +143,7 @@ def reads_and_writes(server: BenchRedis, sets: tuple[LimitSet, ...], calls: int)
             keys = [b"x" + key_of(limits, f"k:{number % 2000:024x}") for limits in sets]
             pipeline.evalsha(sha, len(keys), *keys)
         pipeline.execute()
-    return float(info(server, "commandstats")["cmdstat_evalsha"]["usec_per_call"])
+    return (redis_cpu_us(server) - before_us) / (-(-calls // IN_FLIGHT) * IN_FLIGHT)
 
 
 def main() -> None:

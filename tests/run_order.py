@@ -22,23 +22,34 @@ WAITING_S: Final = {
     "test_file_ownership.py": 50,
     "test_grafana.py": 45,
     "test_invalidation.py": 155,
-    "test_log_shipping.py": 150,
+    "test_log_shipping.py": 110,
     "test_logs.py": 50,
     "test_nginx_gateway.py": 75,
     "test_postgres_failover.py": 65,
     "test_postgres_plans.py": 55,
-    "test_prometheus_rules.py": 70,
-    "test_redis_cluster_scripts.py": 70,
-    "test_replicas.py": 60,
-    "test_reshard.py": 100,
+    "test_redis_cluster_scripts.py": 95,
+    "test_redis_failures.py": 45,
+    "test_replicas.py": 80,
+    "test_reshard.py": 140,
     "test_stack.py": 45,
-    "test_tutorials.py": 45,
-    "test_workers.py": 100,
+    "test_tutorials.py": 70,
+    "test_workers.py": 90,
 }
 """The files that take long, mostly since they wait for servers, and about how long, s."""
 
+COMPUTING_S: Final = {
+    "test_admin_fields.py": 65,
+    "test_admin_schemathesis.py": 30,
+    "test_algorithms.py": 25,
+    "test_docs_site.py": 45,
+    "test_prometheus_rules.py": 35,
+    "test_terminal.py": 20,
+}
+"""The files that take long since they compute, and about how long, s; of all others every test counts the same."""
+
 APART: Final = frozenset(
     {
+        "test_admin_fields.py",
         "test_file_ownership.py",
         "test_invalidation.py",
         "test_logs.py",
@@ -91,7 +102,8 @@ def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:
 
     def length_s(portion: str) -> float:
         file = _file_of(portion)
-        return WAITING_S[file] / shares[file] if file in WAITING_S else len(portions[portion]) * _USUAL_S
+        known_s = WAITING_S.get(file) or COMPUTING_S.get(file)
+        return len(portions[portion]) * _USUAL_S if known_s is None else known_s / shares[file]
 
     longest_first = sorted(portions, key=length_s, reverse=True)
     waiting = [portion for portion in longest_first if _file_of(portion) in WAITING_S]

@@ -135,7 +135,7 @@ class PeerName(str):
     __slots__ = ()
 
 
-class CallerIdentity(msgspec.Struct, frozen=True, gc=False):
+class CallerIdentity(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Who a check was from.
 
     Args:

@@ -23,7 +23,7 @@ from tidegate.doors.limit import EXEMPT, LIMITS, exempt
 from tidegate.doors.limit import limit as _limit
 from tidegate.doors.limit_arguments import caller_place
 from tidegate.doors.python_requests import DECISION, DjangoRequest, put_django_headers
-from tidegate.errors import TidegateError
+from tidegate.errors import PolicyError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
 
@@ -72,6 +72,7 @@ class RateLimitMiddleware:
         if arguments.pop("enabled", True) and limits:
             try:
                 self._limit = _limit(limits, **{"key": "ip", **arguments})
+                self._limit.require_cost_before("the middleware")
             except (TidegateError, TypeError) as error:
                 raise ImproperlyConfigured(f"setting TIDEGATE: {error}") from None
         if iscoroutinefunction(get_response):
@@ -102,6 +103,8 @@ class RateLimitMiddleware:
         name = f"{view.__module__}.{getattr(view, '__qualname__', type(view).__name__)}|default"
         try:
             self._limit.check_blocking(viewed, name)
+        except PolicyError:
+            raise  # a mistake in the program, not the client's
         except TidegateError as error:
             return viewed.answer(error)
         return None

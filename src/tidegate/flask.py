@@ -13,6 +13,7 @@ def search(): ...
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from inspect import unwrap
 from typing import Any, Final
@@ -22,11 +23,14 @@ import flask
 from tidegate.counters import CounterStore
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limit import EXEMPT, LIMITS, exempt, limit
+from tidegate.doors.limit_steps import LimitCall
 from tidegate.doors.python_requests import FlaskRequest
 from tidegate.doors.responses import encode, error_body
-from tidegate.errors import SettingsError, TidegateError
+from tidegate.errors import PolicyError, SettingsError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimits", "exempt", "limit"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT: Final = "RATELIMIT_DEFAULT"
 STORAGE: Final = "RATELIMIT_STORAGE_URI"
@@ -34,7 +38,8 @@ STORAGE: Final = "RATELIMIT_STORAGE_URI"
 
 
 class RateLimits:
-    """Limits for all views of an app that have no `limit` of their own and are not `exempt`; each view counts by itself.
+    """Limits for all views of an app that have no `limit` of their own and are not `exempt`; each view counts by itself. Static
+    files of the app and of its blueprints are not limited.
 
     `app.config` may have `RATELIMIT_DEFAULT` (limits), `RATELIMIT_STORAGE_URI` and `RATELIMIT_ENABLED`; arguments come first.
 
@@ -86,22 +91,41 @@ class RateLimits:
         named: dict[str, str | None] = {}
 
         def check() -> None:
-            endpoint = flask.request.endpoint
-            if endpoint is None:
-                default.check_blocking(FlaskRequest(flask), "all")
+            name: str | None = "all"
+            if (endpoint := flask.request.endpoint) is not None:
+                if endpoint not in named:
+                    named[endpoint] = _name_of(app, endpoint)
+                name = named[endpoint]
+            if name is None:
                 return
-            if endpoint not in named:
-                named[endpoint] = _name_of(app.view_functions[endpoint], endpoint)
-            name = named[endpoint]
-            if name is not None:
+            if not default.charges_after:
                 default.check_blocking(FlaskRequest(flask), name)
+                return
+            # Before the decision, so that it runs before the headers are added.
+            flask.after_this_request(charge)
+            flask.g._tidegate_default = default.begin_blocking(FlaskRequest(flask), name)
+
+        def charge(response: flask.Response) -> flask.Response:
+            call: LimitCall | None = flask.g.pop("_tidegate_default", None)
+            if call is not None:
+                try:
+                    default.end_blocking(call, response)
+                except TidegateError as error:
+                    # The view has run: to refuse its response would undo nothing.
+                    logger.warning("a response of %s was not charged: %s", call.name, error)
+            return response
 
         app.before_request(check)
 
 
-def _name_of(view: Callable[..., Any], endpoint: str) -> str | None:
-    """Name under which a view counts; None where it is exempt or has limits of its own."""
+def _name_of(app: flask.Flask, endpoint: str) -> str | None:
+    """Name under which a view counts; None where it is exempt, has limits of its own, or sends the app's static files."""
+    view = app.view_functions[endpoint]
     inner = unwrap(view)
+    blueprint, _, last = endpoint.rpartition(".")
+    files = app.blueprints.get(blueprint) if blueprint else app
+    if last == "static" and files is not None and files.has_static_folder:
+        return None
     methods = [getattr(getattr(view, "view_class", None), method, None) for method in ("get", "post", "put", "patch", "delete")]
     for each in (view, inner, getattr(view, "view_class", None), *methods):
         if getattr(each, EXEMPT, False) or getattr(each, LIMITS, None):
@@ -110,7 +134,9 @@ def _name_of(view: Callable[..., Any], endpoint: str) -> str | None:
 
 
 def _answer(error: TidegateError) -> Any:
-    """Errors of limits as JSON; `RateLimitExceeded` brings its own answer."""
+    """Errors of limits as JSON; `RateLimitExceeded` brings its own answer. A mistake in the program is a 500, and logged."""
+    if isinstance(error, PolicyError):
+        raise error
     if isinstance(error, RateLimitExceeded):
         return flask.Response(error.body(), 429, error.limit_headers, content_type="application/json")
     return flask.Response(encode(error_body(error)), error.status, content_type="application/json")

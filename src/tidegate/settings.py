@@ -191,8 +191,6 @@ class CounterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`[leases]`: units of busy subjects charged in advance, so that most checks need no call to Redis; not with `memory://`.
 
-    Off by default until the drills of a slow Redis have been repeated with leases on an idle machine.
-
     Args:
         enabled: whether instances lease.
         ttl_s: longest life of a lease, s.

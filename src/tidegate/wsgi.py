@@ -11,7 +11,7 @@ from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limit import exempt, limit
 from tidegate.doors.python_requests import DECISION, WsgiRequest
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
-from tidegate.errors import TidegateError
+from tidegate.errors import PolicyError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
 
@@ -49,6 +49,7 @@ class RateLimitMiddleware:
     ) -> None:
         self.app = app
         self._limit = limit(limits, key=key, counters=counters, trusted_proxies=trusted_proxies, **options)
+        self._limit.require_cost_before("the middleware")
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request, or let the app do so."""
@@ -56,6 +57,8 @@ class RateLimitMiddleware:
             self._limit.check_blocking(WsgiRequest(environ), "wsgi")
         except RateLimitExceeded as error:
             return _answer(start_response, 429, [*error.limit_headers.items()], error.body())
+        except PolicyError:
+            raise  # a mistake in the program, not the client's
         except TidegateError as error:
             return _answer(start_response, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
 

@@ -35,7 +35,7 @@ class Replaceable:
 
 
 class ReusedApp:
-    """Routes that serve one control plane after the other: to make them takes 0.3 s of CPU time, and to describe them as much."""
+    """Routes that serve one control plane after the other: to make them takes 0.1 s of CPU time, and to describe them 0.3 s."""
 
     idle: list[ReusedApp] = []  # noqa: RUF012
 

@@ -24,6 +24,8 @@ STORABLE = (INJECTION, "%_\\", "عربي😀" + "é" * 9)
 """Texts as any other, wherever any text may stand."""
 BROKEN = ("a\0b", "a\ud800b")
 LONG = ("x" * 10_000, "é" * 20_000)
+LONG_IN_ADDRESSES = ("x" * 10_000, "é" * 4_000)
+"""Percent-encoded six times as long, and so within the 64 KiB that a server reads of a request's head."""
 NUMBERS = (2**31, 2**63, 2**64, -(2**63) - 1)
 PREFIX = "/admin/v1"
 
@@ -62,12 +64,15 @@ class RequestSender:
         self.admin = admin
         self.counter = itertools.count(1)
         self.sent = 0
+        self._version: int | None = None
         self.made = {"tier": 0, "rule": 0, "api_key": 0, "token": 0}
 
     async def send(self, request: Request) -> Answer:
         """Send it; whatever is refused must have changed nothing."""
-        version = await self.admin.catalog.version()
+        # Nobody else writes: what one request has left is what the next one finds.
+        version = await self.admin.catalog.version() if self._version is None else self._version
         answer = await self._sent(request)
+        self._version = None
         self.sent += 1
         told = f"{request.method} {request.path} {str(request)[:300]} → {answer.status} {answer.text[:300]}"
         assert answer.status < 500, told
@@ -76,9 +81,9 @@ class RequestSender:
             assert error["code"], told
             assert error["message"], told
             assert len(answer.text) < 4000, told
-            assert await self.admin.catalog.version() == version, told
-        elif request.method == "get":
-            assert await self.admin.catalog.version() == version, told
+        if answer.status >= 400 or request.method == "get":
+            self._version = await self.admin.catalog.version()
+            assert self._version == version, told
         self._note(request, answer)
         return answer
 
@@ -253,12 +258,15 @@ def _leaves(value: Any, place: Place = ()) -> Iterator[Place]:
         yield place
 
 
+def _at(body: Any, place: Place) -> Any:
+    for step in place:
+        body = body[step]
+    return body
+
+
 def _with(body: Any, place: Place, value: Any) -> Any:
     changed = copy.deepcopy(body)
-    held = changed
-    for step in place[:-1]:
-        held = held[step]
-    held[place[-1]] = value
+    _at(changed, place[:-1])[place[-1]] = value
     return changed
 
 
@@ -275,8 +283,8 @@ def _described(admin: Admin) -> Iterator[tuple[str, str, dict[str, Any], str | N
             yield method, path.removeprefix(PREFIX), operation, form
 
 
-def _values() -> Iterator[str]:
-    yield from (*STORABLE, *BROKEN, *LONG, *map(str, NUMBERS))
+def _values(long: tuple[str, ...] = LONG) -> Iterator[str]:
+    yield from (*STORABLE, *BROKEN, *long, *map(str, NUMBERS))
 
 
 async def _prepared(admin: Admin) -> dict[str, str]:
@@ -335,7 +343,9 @@ async def test_every_field_of_every_body(admin: Admin) -> None:
         for number, right in enumerate(sender.bodies(form)):
             for place in _leaves(right):
                 field = next(step for step in place[::-1] if isinstance(step, str))
-                for value in (*STORABLE, *BROKEN, *LONG, *NUMBERS):
+                # Where a text belongs, any number is refused for its type.
+                numbers = NUMBERS[:1] if isinstance(_at(right, place), str) else NUMBERS
+                for value in (*STORABLE, *BROKEN, *LONG, *numbers):
                     # A key can be revoked once, so each request uses a new key and new names.
                     if path.endswith("/revoke"):
                         named = {**named, "key_id": await sender.key()}
@@ -381,7 +391,7 @@ async def test_every_parameter(admin: Admin) -> None:
         for parameter in operation.get("parameters", ()):
             name, where = parameter["name"], parameter["in"]
             seen.add((where, name))
-            for value in _values():
+            for value in _values(LONG_IN_ADDRESSES):
                 request = {
                     "path": right._replace(named={**named, name: value}),
                     "query": right._replace(query={name: value}),
@@ -390,7 +400,7 @@ async def test_every_parameter(admin: Admin) -> None:
                 answer = await sender.send(request)
                 told = f"{method} {path} {name} {value[:20]!r} {answer}"
                 assert answer.status in (200, 400, 404), told
-                if where != "path" and (value in LONG or "\0" in value or where == "header"):
+                if where != "path" and (value in LONG_IN_ADDRESSES or "\0" in value or where == "header"):
                     assert answer.status == 400, told
                     assert name in answer.json["error"]["message"], told
                 if where == "path":

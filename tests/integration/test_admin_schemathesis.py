@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -51,6 +52,9 @@ OPERATIONS = {
     *((method, "/blocks") for method in ("get", "post")),
     *((method, "/blocks/{block_id}") for method in ("get", "delete")),
 }
+EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "15"))
+"""Requests to each operation on each of two databases; `test_admin_fields` fills every field and parameter one by one."""
+
 # What a schema cannot say: which texts are limits, patterns and moments, and that 1.0 is no whole number here. And the missing
 # header that it looks for is answered 428, as RFC 6585 has it.
 BEYOND_SCHEMA = ("positive_data_acceptance", "negative_data_rejection", "missing_required_header")
@@ -118,7 +122,7 @@ def test_no_500_and_no_breach_of_the_schema(method: str, path: str, description:
     beyond = [getattr(checks, name) for name in BEYOND_SCHEMA]
     operation = description[f"/admin/v1{path}"][method]
 
-    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"}, excluded_checks=beyond)

@@ -116,6 +116,30 @@ async def test_leased_units_count_as_used(watched: Watched, algorithm: Algorithm
     assert _percents(watched.found, subject) == [(50, 70), (80, 85)]
 
 
+async def test_units_that_holds_reserve_count_as_used(watched: Watched) -> None:
+    """As in memory: opening reports, whatever the hold costs in the end; a denied hold does not."""
+    rule, tier = limit_set(Algorithm.TOKEN_BUCKET, ["100/day"], "rule"), limit_set(Algorithm.FIXED_WINDOW, ["200/day"], "tier")
+    subject = f"k:{next(KEYS)}"
+    counters = ((rule, subject), (QUOTAS, subject), (tier, subject))
+    memory = MemoryCounters()
+    in_memory: list[Crossing] = []
+    memory.watch = CrossingWatch(lambda limits, limit: PERCENTS[1:], in_memory.append)
+    for cost, settled in ((4, 1), (30, None), (6, 6), (0, 0), (2, 2)):
+        decision, hold = await watched.store.open_hold(counters, cost, 60_000_000)
+        twin, own = memory.open_hold_now(counters, cost, 60_000_000)
+        assert (decision.allowed, hold is None) == (twin.allowed, own is None) == (settled is not None, settled is None)
+        if hold is not None and own is not None and settled is not None:
+            assert not (await watched.store.settle_hold(hold, settled)).repeated
+            memory.settle_hold_now(own, settled)
+    assert _seen(watched.found) == _seen(in_memory)
+    assert [(each.percent, each.used) for each in watched.found] == [(50, 7), (80, 9), (100, 9)]
+    # Once nobody watches, nothing is reported and holds go on.
+    watched.store.watch = None
+    _, hold = await watched.store.open_hold(counters, 3, 60_000_000)
+    assert hold is not None
+    assert len(watched.found) == 3
+
+
 async def test_of_many_that_race_one_finds_each_crossing(redis_server: RedisServer) -> None:
     stores = [Watched(redis_server.url) for _ in range(3)]
     limits, subject = limit_set(Algorithm.SLIDING_WINDOW, ["50/day"], "race"), f"k:{next(KEYS)}"

@@ -14,13 +14,20 @@ import pytest
 
 from tests.moments import PATIENCE_S, until
 from tests.servers.redis_server import RedisServer
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.holds import HoldHandle
 from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.decision import Decision
+from tidegate.decision import Check, Decision
+from tidegate.gate.gate import Gate
+from tidegate.ledger.aggregate import UsageCounts
+from tidegate.ledger.buffer import Buffer
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.toml_reader import parse_policy
 
 PROCESSES = 5
 LEASED = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.SLIDING_LOG]
@@ -80,11 +87,16 @@ async def ask(store: LeasedCounters, limits: LimitSet, times: int = 1, cost: int
 
 async def lease(store: LeasedCounters, limits: LimitSet) -> None:
     """Check eight times, so that the subject is leased; the script for it is loaded before."""
+    await ready(store, limits)
+    await ask(store, limits, 8)
+
+
+async def ready(store: LeasedCounters, limits: LimitSet) -> None:
+    """Until the other instances are known and the script is loaded."""
     deadline = time.monotonic() + PATIENCE_S
     while not store.store.grants(((limits, "s"),)):
         assert time.monotonic() < deadline
         await ask(store, limits, subject="warm")
-    await ask(store, limits, 8)
 
 
 async def left(store: LeasedCounters, limits: LimitSet) -> int | None:
@@ -104,6 +116,7 @@ async def stores(redis_server: RedisServer) -> AsyncIterator[tuple[LeasedCounter
 
 async def test_what_a_caller_reads_is_what_it_has(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
     store, limits = stores[0], limit_set("1000/day")
+    await ready(store, limits)
     for used in range(1, 40):
         assert (await ask(store, limits)).remaining == 1000 - used
     assert store.table.decisions > 20
@@ -236,5 +249,76 @@ async def test_the_table_is_bounded(redis_server: RedisServer) -> None:
         for subject in "abcdef":
             await ask(store, limits, 8, subject=subject)
         assert len(store.table.leases) == 3, "as many as are allowed"
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize("algorithm", LEASED)
+async def test_leases_and_holds_of_one_counter_stay_within_the_limit(
+    stores: tuple[LeasedCounters, LeasedCounters], algorithm: Algorithm
+) -> None:
+    """Checks, holds and their settlements on two instances in turn, until both deny; what was used is the limit at most."""
+    limits = limit_set("200/366d burst 200" if algorithm.is_bucket else "200/366d", algorithm)
+    counters = ((limits, "s"),)
+    used = held = 0
+    handles: list[tuple[LeasedCounters, HoldHandle]] = []
+    for store in stores:
+        await ready(store, limits)
+    for turn in range(600):
+        store = stores[turn % 2]
+        used += (await ask(store, limits)).allowed
+        if turn % 5 == 0:
+            decision, handle = await store.open_hold(counters, 3, 60_000_000)
+            assert decision.allowed == (handle is not None)
+            if handle is not None:
+                handles.append((store, handle))
+                held += 3
+        if turn % 15 == 0 and handles:
+            settling, handle = handles.pop()
+            await settling.settle_hold(handle, 1)
+            used, held = used + 1, held - 3
+        assert used + held <= 200
+    assert sum(store.table.decisions for store in stores) > 0, "some were decided from leases"
+    for store in stores:
+        await store.give_back()
+    remaining = await left(stores[0], limits)
+    assert remaining is not None
+    assert 0 <= 200 - used - held - remaining <= (2 if algorithm.is_bucket else 0), "nothing was counted twice, or not at all"
+
+
+async def test_the_ledger_counts_what_leases_decide(stores: tuple[LeasedCounters, LeasedCounters]) -> None:
+    name = f"leased-{next(NAMES)}"
+    policy = f'[[tiers]]\nname = "{name}"\n[[tiers.rules]]\nname = "r"\nendpoint = "/*"\nlimits = ["60/day"]\nsubject = "ip"\n'
+    catalog = CachedCatalog(PolicyCatalog(parse_policy(policy + f'[anonymous]\ntier = "{name}"\n')))
+    counts = UsageCounts()
+    admitted = 0
+    for store in stores:
+        gate = Gate(catalog, store, counts.observe)
+        await ready(store, limit_set("60/day", Algorithm.SLIDING_WINDOW))
+        for _ in range(60):
+            admitted += (await gate.check(Check.of("/x", ip="192.0.2.7"))).allowed
+    assert 50 <= admitted <= 60, "the last units may wait at the other instance"
+    assert sum(store.table.decisions for store in stores) > 10
+    waiting = Buffer(1_000)
+    await waiting.add(counts.take(), counts.take_latency(), time.time_ns() // 1000)
+    units = [each for _, each in waiting.next_batch().rules]
+    assert sum(each[0] for each in units) == admitted
+
+
+async def test_nothing_is_leased_beside_an_instance_of_a_version_without_leases(new_redis: Callable[..., RedisServer]) -> None:
+    server = new_redis()
+    store, limits = leased(server), limit_set("1000/day")
+    try:
+        await lease(store, limits)
+        assert store.table.units
+        until_us = (int(server.call("TIME")[0]) + 3600) * 1_000_000
+        server.call("ZADD", "tg:{instances}", until_us, "an older version")
+        await until(lambda: not store.table.leases and not store.table.returns)
+        assert not store.store.grants(((limits, "s"),))
+        await ask(store, limits, 20)
+        assert not store.table.leases
+        server.call("ZREM", "tg:{instances}", "an older version")
+        await lease(store, limits)
+        assert store.table.units
     finally:
         await store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.server
 import json
@@ -22,6 +23,7 @@ from tests.conftest import Serve
 from tests.moments import wait_until
 from tests.servers.elasticsearch import OpenSearch
 from tests.servers.rsyslog import Shipper
+from tests.servers.tcp_proxy import TcpProxy
 
 DEPLOY = Path(__file__).parents[2] / "deploy/logging"
 INDEX = "tidegate-logs-*"
@@ -365,16 +367,22 @@ def test_the_log_can_be_cut(server: OpenSearch, shipper: Shipper) -> None:
     assert counts == Counter(f"r-{number}" for number in range(501) if number != 300)
 
 
-def test_a_full_queue_waits(server: OpenSearch) -> None:
-    with Shipper(server.url, changes={'"2000000"': '"3000"'}) as shipper:
-        server.kill()
-        append(shipper.logs / "tidegate.log", *(line(number) for number in range(9000)))
-        wait_until(lambda: shipper.queued() > 2_000_000, PATIENCE_S, "the queue fills")
-        time.sleep(3)  # longer than rsyslog's usual patience with a full queue
-        assert shipper.queued() < 5_000_000
-        server.start()
-        wait_count(server, 9000, shipper)
-        assert arrived(server) == Counter(f"r-{number}" for number in range(9000))
+async def test_a_full_queue_waits(server: OpenSearch) -> None:
+    def fill_and_drain(proxy: TcpProxy) -> None:
+        with Shipper(f"http://127.0.0.1:{proxy.port}", changes={'"2000000"': '"3000"'}) as shipper:
+            append(shipper.logs / "tidegate.log", *(line(number) for number in range(9000)))
+            wait_until(lambda: shipper.queued() > 2_000_000, PATIENCE_S, "the queue fills")
+            time.sleep(3)  # longer than rsyslog's usual patience with a full queue
+            assert shipper.queued() < 5_000_000
+            assert server.count(INDEX) == 0
+            proxy.refuse = False
+            wait_count(server, 9000, shipper)
+            assert arrived(server) == Counter(f"r-{number}" for number in range(9000))
+
+    # For rsyslogd a server that closes every connection is as a dead one, and OpenSearch takes long to start once more.
+    async with TcpProxy(server.port) as proxy:
+        proxy.refuse = True
+        await asyncio.to_thread(fill_and_drain, proxy)
 
 
 def test_tidegate_itself(server: OpenSearch, shipper: Shipper, serve: Callable[..., Serve]) -> None:

@@ -313,11 +313,31 @@ async def test_a_request_that_repeats_is_read_by_the_active_policy(sides: tuple[
     assert again.repeats
     policy = await sides[0].gate.catalog.caller_policy()
     other = msgspec.structs.replace(policy, attributes=())
-    read = [reader.plain_authorize(again, TrustedProxies(), 8192, each) for each in (policy, policy, other)]
-    assert [each and dict(each.attributes) for each in read] == [{"user": "42"}, {"user": "42"}, {}]
-    assert read[0] is read[1]
+    for each, attributes in ((policy, {"user": "42"}), (other, {})):
+        check = reader.plain_authorize(again, TrustedProxies(), 8192, each)
+        assert check is not None
+        assert dict(check.attributes) == attributes
+        assert (again.check, again.policy) == (check, each)
     connection.connection_lost(None)
     assert connection._last is None, "it refers to the connection, and garbage collection does not look at it"
+
+
+async def test_a_change_of_the_policy_reaches_requests_that_repeat(sides: tuple[Side, Side]) -> None:
+    side = sides[0]
+    policy = await side.gate.catalog.caller_policy()
+    connection = Connection(side.server)
+    connection.connection_made(Transport(PEERS[0]))
+    for number in range(6):
+        if number == 3:
+            side.gate.catalog.active_policy = msgspec.structs.replace(policy, attributes=())
+        connection.data_received(
+            request(b"GET /v1/authorize HTTP/1.1", [*PLAIN[1:], (b"X-User-Id", b"42"), (b"X-Plan", b"by-user")])
+        )
+        while connection._current is not None:
+            await asyncio.sleep(0)
+    assert [subject for *_, subject, _ in side.seen] == ["a:user=42"] * 3 + [side.seen[-1][3]] * 3
+    assert side.seen[-1][3] != "a:user=42"
+    connection.connection_lost(None)
 
 
 async def test_a_percent_sign_in_a_limit_is_one_in_the_answer() -> None:

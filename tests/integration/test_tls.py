@@ -22,6 +22,7 @@ from tests.conftest import Serve, free_port
 from tests.integration.ratelimit_client import caller, health, request
 from tests.moments import PATIENCE_S, wait_until
 from tests.servers.certificates import Authority
+from tests.servers.forked import REALLY_STARTED
 from tests.servers.ports import HOST
 from tests.servers.redis_server import RedisServer
 from tidegate.client import Client
@@ -241,6 +242,7 @@ def test_workers_share_unix_sockets(directory: Path, redis_server: RedisServer) 
         "TIDEGATE_SERVER__WORKERS": "2",
         "TIDEGATE_COUNTERS__URL": redis_server.url,
         "TIDEGATE_ADMIN__TOKEN": TOKEN,
+        **REALLY_STARTED,
     }
     server = Serve(directory, port=probes, log=directory / "log", **environment)
     try:

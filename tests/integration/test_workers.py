@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from tests.moments import PATIENCE_S, wait_until
+from tests.servers.forked import REALLY_STARTED
 from tests.servers.redis_server import RedisServer
 from tidegate.telemetry.merge_workers import combine
 
@@ -247,7 +248,7 @@ def test_a_second_signal_hurries(start: Callable[..., Any]) -> None:
 
 def test_no_worker_outlives_a_killed_supervisor(start: Callable[..., Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        server = start(TMPDIR=scratch)
+        server = start(TMPDIR=scratch, **REALLY_STARTED)
         (made,) = Path(scratch).iterdir()
         assert made.stat().st_mode & 0o777 == 0o700, "nobody else may ask the workers"
         pids = _workers(server)

@@ -132,8 +132,10 @@ def main() -> None:
     control.detach()
     sys.argv[:] = ["tidegate", *arguments]
     sys.orig_argv[:] = [sys.executable, "-m", "tidegate", *arguments]
+    from tests.servers.forked_workers import fork_workers
     from tidegate.__main__ import main as tidegate
 
+    fork_workers(tidegate)
     tidegate()
 
 

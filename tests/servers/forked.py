@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 _AT_THE_START = ("PYTHON", "LD_")
 """How variables begin that the interpreter or the loader reads when a process starts."""
+REALLY_STARTED = {"PYTHONNODEBUGRANGES": "1"}
+"""An environment that makes no difference except that the process, and what it starts, is not forked."""
 _lock = threading.Lock()
 _servers: dict[int, socket.socket] = {}
 

@@ -27,7 +27,7 @@ import pytest
 
 from tests.moments import wait_until
 from tests.servers.lifetime import Started
-from tests.servers.ports import HOST, free_port
+from tests.servers.ports import HOST, accepts, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 START_S = 90.0
@@ -234,6 +234,8 @@ class Service(Started):
         assert self._process is not None
         if self._process.poll() is not None:
             raise RuntimeError(f"{self.program} ended with {self._process.returncode}; its log:\n{self.tail()}")
+        if not accepts(self.port):  # a try to connect is cheap, a client of httpx is not
+            return False
         try:
             return httpx.get(self.url + self._path, timeout=2).status_code == 200
         except httpx.TransportError:

@@ -12,7 +12,7 @@ from tests.conftest import MOMENT_US
 from tests.model.faults import Link, SharedStore, Told
 from tests.model.virtual_time import VirtualLoop
 from tidegate.breaker import BreakerOptions
-from tidegate.counters import Charge, ChargeOutcome, degraded, guarded
+from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, degraded, guarded
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.decision import Decision
@@ -143,3 +143,13 @@ def test_debts_of_a_reset_counter_leave_its_share_unused(fleet: _Fleet) -> None:
     fleet.run(guard.reset([(DAY, "s")]))
     assert not guard.owed
     assert fleet.run(guard.charge([charge]))[0].allowed
+
+
+def test_what_remained_after_a_lease_is_known_however_much_it_was(fleet: _Fleet) -> None:
+    guard, counters = fleet.guards[0], ((DAY, "s"),)
+    limit, at_us = DAY.limits[0], fleet.store.clock()
+    guard._remember(Charge(counters), Decision(True, limit, 30, 3_600_000_000, 0, at_us, DAY), 0)
+    assert guard.late.remaining(counters) is None
+    leased = GrantingDecision(True, limit, 30, 3_600_000_000, 0, at_us, DAY, granted=5, ends_us=at_us + 5_000_000)
+    guard._remember(Charge(counters), leased, 0)
+    assert guard.late.remaining(counters) == 25

@@ -26,7 +26,7 @@ if not settings.configured:
     )
     django.setup()
 
-from django.test import AsyncClient, Client, override_settings
+from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.utils.decorators import method_decorator
 from django.views import View
 from rest_framework.response import Response
@@ -180,6 +180,76 @@ def test_a_limit_that_does_not_block_says_so() -> None:
     assert [Client().get("/limited").content for _ in range(2)] == [b"False", b"True"]
 
 
+def was_limited(view: Any, path: str = "/", **request: Any) -> bool:
+    """What `request.limited` was in a view."""
+    return bool(view(RequestFactory().generic(request.pop("method", "GET"), path, **request)))
+
+
+def test_stacked_limits() -> None:
+    """One that passes does not hide another that denied; each counts its own methods."""
+
+    @limit("1/minute", key=lambda: "min", block=False)
+    @limit("10/day", key=lambda: "day", block=False)
+    def stacked(request: Any) -> bool:
+        return bool(request.limited)
+
+    @limit("1/minute", methods="GET", block=False)
+    @limit("1/minute", methods=["POST"], block=False)
+    def by_method(request: Any) -> bool:
+        return bool(request.limited)
+
+    assert [was_limited(stacked) for _ in range(2)] == [False, True]
+    assert [was_limited(by_method, method=method) for method in ("GET", "POST", "GET", "POST")] == [False, False, True, True]
+
+
+def test_classes_of_views() -> None:
+    """Decorated by method, from outside, and as a whole; each class counts by itself."""
+
+    class First(View):
+        def get(self, request: Any) -> bool:
+            return bool(request.limited)
+
+    class Second(View):
+        def get(self, request: Any) -> bool:
+            return bool(request.limited)
+
+    whole = limit("1/minute", block=False)(First.as_view())
+    views = [method_decorator(limit("1/minute", block=False), name="get")(each).as_view() for each in (First, Second)]
+    assert [was_limited(view) for view in (*views, *views)] == [False, False, True, True]
+    assert was_limited(whole), "the decorator of the method is below it"
+
+
+def test_keys_of_the_request() -> None:
+    def limited(scope: str, key: Any) -> Any:
+        return limit("1/minute", key=key, block=False, scope=scope)(lambda request: request.limited)
+
+    by_get = limited("get", lambda request: request.GET.get("q"))
+    by_post = limited("post", lambda request: request.POST.get("q"))
+    assert [was_limited(by_get, f"/?q={q}") for q in "aabb"] == [False, True, False, True]
+    form = "application/x-www-form-urlencoded"
+    assert [was_limited(by_post, method="POST", data=f"q={q}", content_type=form) for q in "aabb"] == [False, True, False, True]
+    by_header = limited("header", "header:x-tenant")
+    assert [was_limited(by_header, HTTP_X_TENANT=tenant) for tenant in "aab"] == [False, True, False]
+    assert [was_limited(by_header) for _ in range(2)] == [False, True], "without the header the address is counted"
+    by_ip = limited("ip", "ip")
+    addresses = ("203.0.113.7", "203.0.113.7", "203.0.113.8", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")
+    assert [was_limited(by_ip, REMOTE_ADDR=address) for address in addresses] == [False, True, False, False, True, False]
+
+
+def test_limits_by_the_request() -> None:
+    """A function may give other limits to other users, and None for no limit; 0 is refused, naming the text."""
+
+    @limit(lambda request: request.GET.get("rate"), block=False)
+    def view(request: Any) -> bool:
+        return bool(getattr(request, "limited", False))
+
+    assert [was_limited(view, "/?rate=1/m") for _ in range(2)] == [False, True]
+    assert [was_limited(view, "/?rate=3/m") for _ in range(3)] == [False, False, True], "what was consumed stays consumed"
+    assert [was_limited(view) for _ in range(3)] == [False] * 3
+    with pytest.raises(PolicyError, match="limit '0/m': the amount must be a whole number"):
+        view(RequestFactory().get("/?rate=0/m"))
+
+
 def test_users() -> None:
     def get(pk: int | None) -> int:
         request = HttpRequest()
@@ -209,6 +279,9 @@ def test_settings() -> None:
     with override_settings(TIDEGATE={"default_limits": "1/fortnight"}), pytest.raises(ImproperlyConfigured, match="fortnight"):
         RateLimitMiddleware(plain)
     with override_settings(TIDEGATE={"default_limit": "1/day", "default_limits": "1/day"}), pytest.raises(ImproperlyConfigured):
+        RateLimitMiddleware(plain)
+    by_response = {"default_limits": "1/day", "deduct_when": lambda response: True}
+    with override_settings(TIDEGATE=by_response), pytest.raises(ImproperlyConfigured, match="runs before the response exists"):
         RateLimitMiddleware(plain)
     with override_settings(TIDEGATE=["1/day"]), pytest.raises(ImproperlyConfigured, match="must be a dict"):
         RateLimitMiddleware(plain)

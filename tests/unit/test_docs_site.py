@@ -25,8 +25,18 @@ MAX_LINE = 120
 REPOSITORY = "https://git.example.org/our/tidegate"
 
 
-def build(directory: Path, repository: str) -> Path:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
+def build(directory: Path, configuration: Path, repository: str, *options: str) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--config-file",
+        str(configuration),
+        "--site-dir",
+        str(directory),
+        *options,
+    ]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "TIDEGATE_REPO_URL": repository}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,23 +45,33 @@ def build(directory: Path, repository: str) -> Path:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("site"), REPOSITORY)
+    """All pages, as who has no repository builds them."""
+    return build(tmp_path_factory.mktemp("site"), ROOT / "mkdocs.yml", "", "--strict")
 
 
 @pytest.fixture(scope="module")
-def site_without_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("site"), "")
+def site_with_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages whose links are looked at, and those that they lead to: to build all of them again takes twice as long."""
+    directory = tmp_path_factory.mktemp("sources")
+    for page in ("index.md", "catalog.md", "gateways.md", "tutorials/nginx.md"):
+        (directory / "docs" / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DOCS / page, directory / "docs" / page)
+    configuration = directory / "mkdocs.yml"
+    configuration.write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\nhooks: [{ROOT / 'scripts/docs_site.py'}]\nplugins: []\nnav: [Start: index.md]\n"
+    )
+    return build(tmp_path_factory.mktemp("site"), configuration, REPOSITORY)
 
 
 @pytest.fixture
-def origin(site_without_repository: Path) -> Iterator[str]:
+def origin(site: Path) -> Iterator[str]:
     """The site, served on loopback."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    handler = functools.partial(Quiet, directory=str(site_without_repository))
+    handler = functools.partial(Quiet, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -81,13 +101,14 @@ def test_what_is_made_from_the_code_is_there(site: Path) -> None:
     assert "/admin/v1/api-keys" in told["control-plane"]
 
 
-def test_links_to_other_files_lead_to_the_repository(site: Path) -> None:
-    assert f"{REPOSITORY}/blob/main/deploy/postgres/README.md" in (site / "catalog/index.html").read_text()
-    assert 'href="../../gateways/"' in (site / "tutorials/nginx/index.html").read_text()
+def test_links_to_other_files_lead_to_the_repository(site_with_repository: Path) -> None:
+    linked = f"{REPOSITORY}/blob/main/deploy/postgres/README.md"
+    assert linked in (site_with_repository / "catalog/index.html").read_text()
+    assert 'href="../../gateways/"' in (site_with_repository / "tutorials/nginx/index.html").read_text()
 
 
-def test_without_a_repository_there_is_no_placeholder(site_without_repository: Path) -> None:
-    pages = {page: page_in(site_without_repository, page).read_text() for page in PAGES}
+def test_without_a_repository_there_is_no_placeholder(site: Path) -> None:
+    pages = {page: page_in(site, page).read_text() for page in PAGES}
     assert [str(page) for page, text in pages.items() if re.search(r'href="[^"]*(git\.example|/blob/main/)', text)] == []
     assert "deploy/postgres" in pages[Path("catalog.md")], "the name of the file stays"
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import flask
 import pytest
-from flask import Flask
+from flask import Blueprint, Flask
 from flask.views import MethodView
 from werkzeug.test import Client
 
 from tests.conftest import Clock
-from tidegate import MemoryCounters, PolicyError, RateLimitExceeded, SettingsError
+from tidegate import Decision, MemoryCounters, PolicyError, RateLimitExceeded, SettingsError, StoreUnavailable
 from tidegate.flask import RateLimits, exempt, limit
+from tidegate.policy.limits import LimitSet
 from tidegate.wsgi import RateLimitMiddleware
 
 
@@ -148,6 +150,99 @@ def test_default_limits(app: Flask, store: MemoryCounters) -> None:
     assert statuses(app, "/unknown/1", "/unknown/2", "/unknown/3") == [404, 404, 429]
 
 
+def test_default_limits_by_the_response(app: Flask, store: MemoryCounters) -> None:
+    RateLimits(app, "2/minute", deduct_when=lambda response: response.status_code == 401, counters=store)
+
+    @app.get("/login/<int:status>")
+    def log_in(status: int) -> Any:
+        if status == 401:
+            flask.abort(401)
+        return flask.make_response("", status)
+
+    client = app.test_client()
+    answers = [client.get(f"/login/{status}") for status in (200, 200, 401, 200, 401, 200)]
+    assert [each.status_code for each in answers] == [200, 200, 401, 200, 401, 429]
+    assert [each.headers["X-RateLimit-Remaining"] for each in answers] == ["2", "2", "1", "1", "0", "0"]
+
+
+def test_default_limits_by_the_cost_of_the_response(app: Flask, store: MemoryCounters) -> None:
+    RateLimits(app, "5/minute", cost=lambda response: int(response.get_data()), counters=store)
+
+    @app.get("/<int:cost>")
+    def costly(cost: int) -> str:
+        return str(cost)
+
+    assert statuses(app, "/3", "/1", "/9", "/1") == [200, 200, 200, 429]
+
+
+def test_a_store_that_fails_after_the_view(caplog: pytest.LogCaptureFixture, app: Flask) -> None:
+    store = FailsAfterwards()
+    RateLimits(app, "5/minute", deduct_when=lambda _: True, counters=store)
+    app.get("/")(lambda: "ran")
+    assert app.test_client().get("/").data == b"ran"
+    assert "was not charged" in caplog.text
+
+
+class FailsAfterwards(MemoryCounters):
+    """Answers the check before a view, and fails to charge it."""
+
+    def charge_one(self, limits: LimitSet, subject: str, cost: int) -> Decision:
+        if cost:
+            raise StoreUnavailable("the store does not answer")
+        return super().charge_one(limits, subject, cost)
+
+
+@pytest.mark.parametrize("extension", [False, True])
+def test_a_mistake_of_a_function_is_not_the_clients(app: Flask, store: MemoryCounters, extension: bool) -> None:
+    if extension:
+        RateLimits(app)
+    app.get("/limits", endpoint="limits")(limit(lambda: "0/minute", counters=store)(lambda: ""))
+    app.get("/cost", endpoint="cost")(limit("1/minute", cost=lambda: -1, counters=store)(lambda: ""))
+    for path in ("/limits", "/cost"):
+        answer = app.test_client().get(path)
+        assert (answer.status_code, b".py" in answer.data) == (500, False)
+
+
+def test_static_files_are_not_limited_by_default(tmp_path: Path, store: MemoryCounters) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    app = Flask(__name__, static_folder=str(tmp_path), static_url_path="/static")
+    RateLimits(app, "1/minute", counters=store)
+    app.register_blueprint(Blueprint("files", __name__, static_folder=str(tmp_path)), url_prefix="/bp")
+    blueprint = Blueprint("own", __name__, url_prefix="/own")
+    blueprint.get("/", endpoint="static")(lambda: "")
+    app.register_blueprint(blueprint)
+    for path in ["/static/a.txt", f"/bp/{tmp_path.name}/a.txt"] * 2:
+        with app.test_client().get(path) as answer:
+            assert (answer.status_code, answer.data) == (200, b"a")
+    assert statuses(app, "/own/", "/own/") == [200, 429], "a view of this name is a view"
+
+
+def test_the_views_of_a_blueprint_together(app: Flask, store: MemoryCounters) -> None:
+    blueprint = Blueprint("api", __name__, url_prefix="/api")
+    blueprint.before_request(limit("2/minute", scope="api", counters=store)(lambda: None))
+    blueprint.get("/a", endpoint="a")(lambda: "")
+    blueprint.get("/b", endpoint="b")(limit("1/minute", scope="b", counters=store)(lambda: ""))
+    app.register_blueprint(blueprint)
+    app.get("/")(lambda: "")
+    assert statuses(app, "/api/a", "/api/b", "/api/a", "/", "/") == [200, 200, 429, 200, 200]
+
+
+def test_functions_that_views_call(app: Flask, store: MemoryCounters) -> None:
+    @limit("1/minute", counters=store)
+    def send_mail() -> str:
+        return "sent"
+
+    @app.get("/a")
+    def a() -> str:
+        return send_mail()
+
+    @app.get("/b")
+    def b() -> str:
+        return send_mail()
+
+    assert statuses(app, "/a", "/b") == [200, 429]
+
+
 def test_settings_of_the_app(store: MemoryCounters) -> None:
     for enabled, expected in ((True, [200, 429]), (False, [200, 200])):
         app = Flask(__name__)
@@ -253,6 +348,11 @@ def test_wsgi(store: MemoryCounters) -> None:
     assert [through_proxy(ip) for ip in ("203.0.113.7", "203.0.113.8")] == [429, 200]
     bad = client.get("/", headers={"X-Real-IP": "\xe4"}, environ_base={"REMOTE_ADDR": "10.0.0.1"})
     assert (bad.status_code, bad.json["error"]["code"]) == (400, "BAD_REQUEST")
+
+
+def test_the_middleware_has_no_response() -> None:
+    with pytest.raises(PolicyError, match="the middleware runs before the response exists"):
+        RateLimitMiddleware(application, "1/minute", deduct_when=lambda response: True)
 
 
 def test_wsgi_by_a_function_of_the_environment(store: MemoryCounters) -> None:

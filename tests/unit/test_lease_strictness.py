@@ -257,7 +257,7 @@ def test_never_more_than_the_limit(algorithm: Algorithm, tier: AnyAlgorithm | No
     LEASED_DECISIONS.clear()
     machine = type("Machine", (LeaseMachine,), {"algorithm": algorithm, "tier_algorithm": tier})
     run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS))
-    assert LEASED_DECISIONS[algorithm] > EXAMPLES
+    assert LEASED_DECISIONS[algorithm] > 0
 
 
 def test_a_lease_that_lives_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

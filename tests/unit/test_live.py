@@ -122,6 +122,8 @@ async def test_what_cannot_be_streamed_is_refused(server: Server, monkeypatch: p
         assert (many.status_code, many.json()["error"]["message"]) == (400, "9 paths: send 1 to 8")
         assert (await http.get("/live")).status_code == 400
         monkeypatch.setattr(live, "MAX_STREAMS_PER_PRINCIPAL", 1)
+        # That a client has left is noticed when something is sent to it: at once, not after seconds.
+        monkeypatch.setattr(live, "_HEARTBEAT_S", 0.0)
         async with http.stream("GET", "/live", params={"path": "/system"}) as response:
             await Events(response).next()
             refused = await http.get("/live", params={"path": "/system"})

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.run_order import APART, WAITING_S, in_order, portion_of
+from tests.run_order import APART, COMPUTING_S, WAITING_S, in_order, portion_of
 
 TESTS = Path(__file__).parents[1]
 
@@ -33,6 +33,14 @@ def test_those_that_wait_and_those_that_compute_take_turns_the_longest_first() -
     ]
 
 
+def test_files_known_to_compute_long_come_before_files_of_more_tests() -> None:
+    assert ordered("a/test_b.py::t", "a/test_b.py::u", "a/test_docs_site.py::t") == [
+        "a/test_docs_site.py::t",
+        "a/test_b.py::t",
+        "a/test_b.py::u",
+    ]
+
+
 def test_nothing_is_lost_where_one_kind_is_missing() -> None:
     assert ordered("a/test_b.py::t", "a/test_a.py::t") == ["a/test_b.py::t", "a/test_a.py::t"]
     assert ordered() == []
@@ -40,4 +48,5 @@ def test_nothing_is_lost_where_one_kind_is_missing() -> None:
 
 def test_the_files_are_there() -> None:
     there = {path.name for path in TESTS.rglob("test_*.py")}
-    assert APART <= WAITING_S.keys() <= there
+    assert APART <= WAITING_S.keys() | COMPUTING_S.keys() <= there
+    assert not WAITING_S.keys() & COMPUTING_S.keys()

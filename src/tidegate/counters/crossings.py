@@ -7,7 +7,8 @@ A crossing is found once for each time that the use of a limit rises over the th
 again in the same window. Leased units count as used from the grant on, so a lease may cross a threshold before its units are
 used; a lease never takes the last units, so 100 % is exact. A charge that several shards share is reported by each shard as it
 charges, also if the charge is refunded because another shard denied it. What the fallback admits while the store is unavailable
-is not reported, and neither is its addition to the store afterwards. Holds report nothing either.
+is not reported, and neither is its addition to the store afterwards. Units that a hold reserves count as used from the moment it
+opens, which reports what they cross; what a settlement charges beyond them is not reported.
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ class GuardedCounters(DegradedDecisions):
             self.late.observe(charge.counters, decision, started_us)
             return
         if isinstance(decision, GrantingDecision):
-            decision = decision.after_grant()
+            # Checks that the lease decides bring no further answers: the next one may be the first that comes late.
+            self.late.observe(charge.counters, decision.after_grant(), started_us)
+            return
         if (
             decision.binding is None
             or decision.remaining is None

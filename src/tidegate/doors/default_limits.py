@@ -10,7 +10,7 @@ from tidegate.doors.exceeded import RateLimitExceeded, loaded
 from tidegate.doors.limit import EXEMPT, LIMITS, limit
 from tidegate.doors.python_requests import DECISION
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
-from tidegate.errors import TidegateError
+from tidegate.errors import PolicyError, TidegateError
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -48,6 +48,8 @@ class DefaultLimits:
     """
 
     def __init__(self, limits: limit | None) -> None:
+        if limits is not None:
+            limits.require_cost_before("the middleware")
         self._limits = limits
         self._known: Any = None
         self._size = 0
@@ -70,6 +72,8 @@ class DefaultLimits:
                 except RateLimitExceeded as error:
                     await refuse(scope, send, 429, [*error.limit_headers.items()], error.body())
                     return
+                except PolicyError:
+                    raise  # a mistake in the program, not the client's
                 except TidegateError as error:
                     await refuse(scope, send, error.status, [("x-tidegate-error", error.code)], encode(error_body(error)))
                     return

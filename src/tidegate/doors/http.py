@@ -184,9 +184,12 @@ class DataPlane:
                 if is_authorize:
                     policy = gate.catalog.active_policy
                     if policy is not None and self._keys.is_default and request.method in ("GET", "HEAD"):
-                        check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
+                        if request.policy is policy:
+                            check = request.check
+                        else:
+                            check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
                 elif request.target == _CHECK_TARGET and request.method == "POST":
-                    check = plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
+                    check = request.check or plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
             if check is None:
                 exchange = request.open()
                 return self.__rsgi__(exchange, exchange)

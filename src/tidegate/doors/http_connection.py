@@ -166,11 +166,12 @@ class Connection(RequestParser, asyncio.Protocol):
 
     def repeat(self, request: PlainRequest) -> None:
         """See `RequestParser.repeat`. The record is used again where nothing else uses it."""
-        if self._current is None and request.exchange is None and not self._waiting:
+        if self._current is None and request.exchange is None and not self._waiting and not self._pauses and not self.restricted:
             request.repeats = True
+            self._current = request
+            self.server.decide(request)
         else:
-            request = PlainRequest(self, request.method, request.target, request.values, request.body, request.head_bytes)
-        self.enqueue_plain(request)
+            self.enqueue(PlainRequest(self, request.method, request.target, request.values, request.body, request.head_bytes))
 
     def _start(self, request: Exchange | PlainRequest) -> None:
         self._current = request

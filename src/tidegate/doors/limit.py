@@ -20,7 +20,7 @@ from tidegate.doors.limit_arguments import (
 )
 from tidegate.doors.limit_steps import LimitCall, LimitSteps
 from tidegate.doors.python_requests import RequestView, flask_view, put_starlette_headers, view_of
-from tidegate.errors import BadRequest, SettingsError, TidegateError
+from tidegate.errors import BadRequest, PolicyError, SettingsError, TidegateError
 from tidegate.policy.limits import Algorithm, OnFailure
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -287,12 +287,7 @@ class limit(LimitSteps):
         """What FastAPI gives to the dependency; other frameworks do not ask."""
         if loaded("fastapi") is None:
             return inspect.signature(type(self).__call__)
-        with self._place.named():
-            if self._deduct_when is not None or (self._cost_of is not None and self._cost_of.of_result):
-                raise SettingsError(
-                    "a dependency runs before the response exists: use deduct_when, and cost of the response, as a decorator "
-                    "of the endpoint"
-                )
+        self.require_cost_before("a dependency")
         from starlette.requests import HTTPConnection
         from starlette.responses import Response
 
@@ -304,6 +299,27 @@ class limit(LimitSteps):
             ]
         )
 
+    @property
+    def charges_after(self) -> bool:
+        """Whether the response has to be known before a request is charged."""
+        return self._deduct_when is not None or (self._cost_of is not None and self._cost_of.of_result)
+
+    def require_cost_before(self, who: str) -> None:
+        """Refuse what needs the response.
+
+        Args:
+            who: runs before there is one, for the error.
+
+        Raises:
+            PolicyError: if a call is charged by its response.
+        """
+        if self.charges_after:
+            with self._place.named():
+                raise SettingsError(
+                    f"{who} runs before the response exists: use deduct_when, and cost of the response, as a decorator of the "
+                    "endpoint"
+                )
+
     async def _depend(self, connection: Any, response: Any = None) -> Decision | None:
         scope = connection.scope
         endpoint = scope.get("endpoint")
@@ -311,7 +327,7 @@ class limit(LimitSteps):
             return None
         try:
             return await self.check(connection, response=response)
-        except RateLimitExceeded:
+        except (RateLimitExceeded, PolicyError):
             raise
         except TidegateError as error:
             view = view_of(connection)
@@ -331,6 +347,8 @@ class limit(LimitSteps):
         Raises:
             RateLimitExceeded: if it is denied, unless `block` is false.
         """
+        if self._deduct_when is not None or self._cost_of is not None:
+            self.require_cost_before("check")
         view = view_of(connection)
         if view is None:
             raise BadRequest(f"{type(connection).__name__} is not a request of a framework that Tidegate knows", field="request")
@@ -356,11 +374,36 @@ class limit(LimitSteps):
         Raises:
             RateLimitExceeded: if it is denied.
         """
+        return self.begin_blocking(view, name).decision
+
+    def begin_blocking(self, view: RequestView, name: str) -> LimitCall:
+        """As `check_blocking`, for a request that `end_blocking` may charge.
+
+        Args:
+            view: the request.
+            name: of the limit, unless it has a scope.
+
+        Raises:
+            RateLimitExceeded: if it is denied.
+        """
         call = LimitCall(self._scope or name, view, (view.native,), {})
         self._decide(call)
         if call.denied:
             self._run(self._deny(call))
-        return call.decision
+        return call
+
+    def end_blocking(self, call: LimitCall, response: Any) -> None:
+        """Charge a request by its response, where it is charged so.
+
+        Args:
+            call: of `begin_blocking`.
+            response: of the framework.
+
+        Raises:
+            StoreUnavailable: if the store fails and `on_failure` is deny.
+        """
+        if call.pending:
+            self._run(self._after(call, response))
 
     @functools.cached_property
     def _label(self) -> str:
@@ -389,8 +432,12 @@ def exempt(function: F) -> F:
 
 
 def _answered(call: LimitCall, error: TidegateError) -> Any:
-    """What a view returns for an error where its framework has no exception for it; else the error is raised."""
-    if call.view is None:
+    """What a view returns for an error where its framework has no exception for it; else the error is raised.
+
+    What a function of the user gave wrongly, a limit or a cost, is no client's mistake: the framework answers and logs it as any
+    exception of the view.
+    """
+    if call.view is None or isinstance(error, PolicyError):
         raise error
     answer = call.view.answer(error)
     if answer is None:

@@ -25,7 +25,7 @@ from tidegate.doors.limit_arguments import (
 from tidegate.doors.limiter import fit_subject
 from tidegate.doors.python_requests import DjangoRequest, RequestView, client_ip
 from tidegate.doors.stores import SWITCHES, SharedStore, shared_store
-from tidegate.errors import BadRequest, SettingsError
+from tidegate.errors import BadRequest, PolicyError, SettingsError
 from tidegate.policy.limits import Algorithm, LimitSet, OnFailure, member_of
 
 Steps = Generator[Any, Any, Any]
@@ -364,10 +364,10 @@ class LimitSteps:
 def _charged(place: Place, cost: Any) -> int:
     """A cost that a function gave."""
     if type(cost) is not int or not 0 <= cost <= MAX_COST:
-        raise BadRequest(
-            f"{place.file}:{place.line}: the function given as cost returned {clip(cost)}; "
-            f"it must return a whole number from 0 to {MAX_COST}",
-            field="cost",
+        raise PolicyError(
+            f"the function given as cost returned {clip(cost)}; it must return a whole number from 0 to {MAX_COST}",
+            place.file,
+            place.line,
         )
     return cost
 

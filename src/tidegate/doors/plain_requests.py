@@ -62,8 +62,6 @@ def plain_authorize(
     Returns:
         The check; None where the request has to be read otherwise.
     """
-    if request.check is not None and request.policy is policy:
-        return request.check
     if request.head_bytes > max_header_bytes and request.headers.size > max_header_bytes:
         return None
     values = request.values
@@ -142,8 +140,6 @@ def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: in
     Returns:
         The check; None where the request has to be read otherwise.
     """
-    if request.check is not None:
-        return request.check
     body = request.body
     if body is None or len(body) > max_body_bytes:
         return None

@@ -80,10 +80,7 @@ class Metrics:
             self.errors[kind] = self.errors.get(kind, 0) + 1
             return
         limits = decision.limits
-        if limits is None:
-            counts = self._unlimited
-        else:
-            counts = self._by_limits.get(limits) or self._limits_counts(limits)
+        counts = self._unlimited if limits is None else self._by_limits.get(limits) or self._limits_counts(limits)
         if decision.allowed:
             counts[0] += 1
             binding, remaining = decision.binding, decision.remaining

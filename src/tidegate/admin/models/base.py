@@ -14,13 +14,14 @@ MAX_LIMITS = 16
 JsonObject: TypeAlias = dict[str, Any]
 Row: TypeAlias = Mapping[Any, Any]
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]").search
 _KEY_ID = re.compile(r"[0-9a-f]{24}", re.ASCII)
 _Item = TypeVar("_Item")
 
 
 def _plain(text: str) -> str:
     # PostgreSQL rejects NUL, and names should have no other control characters either.
-    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
+    if _CONTROL(text) is not None:
         raise ValueError("must not have control characters")
     return text
 

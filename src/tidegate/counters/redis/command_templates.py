@@ -63,7 +63,7 @@ class CommandTemplate:
         self.limits_by_place: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
         self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
         self.lease_head = _script_head(self.lease_script, len(sets), 2 * len(sets) + 2)
-        self.hold_script = script("hold", algorithms)
+        self.hold_script = script("hold", algorithms, watched=watched)
         self.names = tuple(name_of(limits) for limits in sets)
         self.name = self.names[0]
         self.suffix = tuple(b"}" + name + b"\r\n" for name in self.names)

@@ -1,7 +1,7 @@
 -- Opens a hold: charges its cost as a check does, and remembers what it charged. KEYS and ARGV as in charge.lua; then the id, and in
 -- MessagePack after how many microseconds it expires, and how many holds a counter may have.
--- Answers as charge.lua does; then for each counter its record, empty where a soft limit let the cost pass uncharged. binding is 0 where a
--- counter has too many holds, and the next number says which counter.
+-- Answers as charge.lua does, without `left`; then for each counter its record, empty where a soft limit let the cost pass uncharged; then
+-- `left`, where it is wanted. binding is 0 where a counter has too many holds, and the next number says which counter.
 local configs, open = {}, {}
 for k = 1, #KEYS do
   configs[k] = cmsgpack.unpack(ARGV[k])
@@ -46,4 +46,5 @@ for k = 1, #KEYS do
     answer[5 + k] = record
   end
 end
+answer[6 + #KEYS] = left
 return answer

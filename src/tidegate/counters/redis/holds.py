@@ -15,6 +15,7 @@ import msgspec
 
 from tidegate.counters import Counters
 from tidegate.counters.adjustments import of_adjustment
+from tidegate.counters.crossings import CrossingWatch
 from tidegate.counters.holds import (
     MAX_HOLDS,
     HeldCounter,
@@ -61,10 +62,14 @@ class RedisHolds:
         run_late: for all others: waits for late replies.
         template: decodes replies.
         most: holds of one counter.
+
+    Attributes:
+        watch: finds the thresholds that opening a hold crosses; None for none. The templates must be of the same.
     """
 
     def __init__(self, run: RunScript, run_late: RunScript, template: TemplateOf, most: int = MAX_HOLDS) -> None:
         self.most = most
+        self.watch: CrossingWatch | None = None
         self._run = run
         self._run_late = run_late
         self._template = template
@@ -116,9 +121,12 @@ class RedisHolds:
         decision = template.decision(reply[:5])
         if not decision.allowed:
             return decision, ()
-        records = reply[5:]
-        if len(records) != len(counters) or not all(type(each) is bytes for each in records):
+        records = reply[5 : 5 + len(counters)]
+        left = reply[5 + len(counters) :]
+        if len(records) != len(counters) or len(left) != template.watched or not all(type(each) is bytes for each in records):
             raise StoreUnavailable(f"unexpected reply from Redis to a hold: {shown(reply)}", reason="garbage")
+        if left and cost and self.watch is not None:
+            self.watch.note_all(counters, left[0], cost, decision.at_us)
         return decision, tuple(map(HeldCounter, tags, template.names, template.parameters, records))
 
     async def _cancel(self, handle: HoldHandle) -> None:

@@ -92,7 +92,7 @@ class RedisCounters(RedisReservations):
 
     @watch.setter
     def watch(self, watch: CrossingWatch | None) -> None:
-        self._watch = watch
+        self._watch = self.holds.watch = watch
         self._templates.clear()
 
     async def charge(self, charges: Sequence[Charge], started_ns: int = 0) -> list[ChargeOutcome]:
