@@ -44,6 +44,24 @@ def admitted_by(limits: LimitSet, history: list[tuple[int, int]]) -> bool:
     return True
 
 
+@pytest.mark.parametrize("algorithm", sorted(each for each in RESERVABLE if each.is_bucket))
+def test_a_cancelled_place_counts_the_part_of_a_microsecond_in_which_nobody_passed(algorithm: Algorithm) -> None:
+    limits = limits_of(algorithm, "3/second")
+    memory = MemoryCounters(clock=Clock(MOMENT_US))
+    counters = ((limits, "s"),)
+
+    def reserve(cost: int) -> Any:
+        return asyncio.run(memory.reserve(counters, cost, 100_000_000))
+
+    went = [(MOMENT_US, 1)] * 4
+    assert all(memory.charge_all(counters, cost).allowed for _, cost in went)
+    first, second = reserve(3), reserve(1)
+    asyncio.run(memory.release(first))
+    third = reserve(4)
+    # The second one waits for 333,333.3 µs, rounded up, and the bucket is empty for the rest of the last of them.
+    assert admitted_by(limits, [*went, (second.at_us, 1), (third.at_us, 4)])
+
+
 @pytest.mark.parametrize("algorithm", sorted(RESERVABLE))
 def test_no_history_admits_more_than_the_limits(algorithm: Algorithm) -> None:
     @given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=2, unique=True), STEPS, st.integers(0, 9_999_999))

@@ -19,7 +19,8 @@ end
 local function release_bucket(held, at, now, moment, cost, burst, scale, rate)
   now = math.max(now, held[at + 4])
   local level = bucket_level(held, at, now, scale, rate)
-  local behind = math.max(level - rate * math.max(moment - now, 0) - burst * scale, 0)
+  local behind = level - rate * math.max(moment - now, 0) - burst * scale
+  behind = behind > 0 and behind + rate or 0
   local units = math.min(cost, math.max(burst - divide_up(behind, scale), 0), (divide(level, scale)))
   held[at + 1], held[at + 2], held[at + 3], held[at + 4] = level - units * scale, scale, rate, now
   return units

@@ -85,6 +85,8 @@ def _released_by_bucket(limit: Limit, state: tuple[Any, ...], now: int, at: int,
     level = level_at(state, now, scale, rate)
     # What drains only after the moment: those behind were scheduled on it. Each of them passes at a level of the burst; what is
     # given back may not let the level fall below 0 in between, where it would be lost for them and be had twice.
-    behind = max(level - rate * max(at - now, 0) - limit.capacity * scale, 0)
+    behind = level - rate * max(at - now, 0) - limit.capacity * scale
+    # Their moments are rounded up to µs, so that the bucket may be empty for a part of one before they pass.
+    behind = behind + rate if behind > 0 else 0
     units = min(cost, max(limit.capacity - -(-behind // scale), 0), level // scale)
     return (level - units * scale, scale, rate, now, *live_leases(state, now)), units
