@@ -45,21 +45,24 @@ def admitted_by(limits: LimitSet, history: list[tuple[int, int]]) -> bool:
 
 
 @pytest.mark.parametrize("algorithm", sorted(each for each in RESERVABLE if each.is_bucket))
-def test_a_cancelled_place_counts_the_part_of_a_microsecond_in_which_nobody_passed(algorithm: Algorithm) -> None:
-    limits = limits_of(algorithm, "3/second")
+def test_places_in_front_of_others_give_nothing_back(algorithm: Algorithm) -> None:
+    """Those behind pass at moments that were computed with them."""
+    limits = limits_of(algorithm, "7/minute")
     memory = MemoryCounters(clock=Clock(MOMENT_US))
     counters = ((limits, "s"),)
 
     def reserve(cost: int) -> Any:
         return asyncio.run(memory.reserve(counters, cost, 100_000_000))
 
-    went = [(MOMENT_US, 1)] * 4
-    assert all(memory.charge_all(counters, cost).allowed for _, cost in went)
-    first, second = reserve(3), reserve(1)
-    asyncio.run(memory.release(first))
-    third = reserve(4)
-    # The second one waits for 333,333.3 µs, rounded up, and the bucket is empty for the rest of the last of them.
-    assert admitted_by(limits, [*went, (second.at_us, 1), (third.at_us, 4)])
+    assert memory.charge_all(counters, 3).allowed
+    second, third = reserve(3), reserve(3)
+    asyncio.run(memory.release(second))
+    fourth = reserve(2)
+    asyncio.run(memory.release(third))
+    fifth = reserve(4)
+    assert admitted_by(limits, [(MOMENT_US, 3), (fourth.at_us, 2), (fifth.at_us, 4)])
+    asyncio.run(memory.release(fifth))
+    assert reserve(4).at_us == fifth.at_us, "the last place is given back whole"
 
 
 @pytest.mark.parametrize("algorithm", sorted(RESERVABLE))

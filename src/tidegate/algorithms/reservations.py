@@ -10,8 +10,9 @@ that would break its promise passes:
 
 `sliding_log` cannot be reserved: an entry would have to count before its moment and after it for two different spans.
 
-A cancelled reservation gives its units back before its moment. Windows take them back whole. A bucket takes back what nobody
-behind it was scheduled on: more would let two pass where one may, so units in the middle of a long queue may be lost.
+A cancelled reservation gives its units back before its moment. Windows take them back whole. Buckets take back those of the last
+moment: who comes later was scheduled on the level, and the state does not say how far that may fall until then. So in a bucket
+the units of a place in the middle of a queue drain as if their owner had gone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,31 @@ def reserved(algorithm: AnyAlgorithm, charged: tuple[Any, ...], state: State, no
     return (level, scale, rate, now, *(() if state is None else live_leases(state, now)))
 
 
-def released(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: int, cost: int) -> tuple[State, int]:
+def followed(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: int) -> bool:
+    """Whether others may have been given a later moment because of this limit.
+
+    Args:
+        algorithm: how the limit counts, one of `RESERVABLE`.
+        limit: the limit.
+        state: of it; None for nothing.
+        now: µs since the epoch.
+        at: moment of the reservation.
+
+    Returns:
+        False if nobody was; True also for a sliding window, which does not tell.
+    """
+    if state is None:
+        return False
+    if algorithm.is_bucket:
+        scale, rate = scale_and_rate(limit)
+        now = max(now, state[3])
+        return level_at(state, now, scale, rate) - rate * max(at - now, 0) > limit.capacity * scale
+    return algorithm is Algorithm.SLIDING_WINDOW or abs(state[0]) > _start_of(limit, at)
+
+
+def released(
+    algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: int, cost: int, *, last: bool
+) -> tuple[State, int]:
     """Give back a reservation whose moment has not come.
 
     Args:
@@ -59,6 +84,7 @@ def released(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: 
         now: µs since the epoch.
         at: moment of the reservation.
         cost: units reserved.
+        last: whether nobody follows by any of the limits that were reserved together.
 
     Returns:
         The new state, and how many units are available again.
@@ -66,8 +92,8 @@ def released(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: 
     if state is None or now >= at:
         return state, 0
     if algorithm.is_bucket:
-        return _released_by_bucket(limit, state, now, at, cost)
-    start = bounds_of(limit, at)[0] if limit.is_calendar else at - at % limit.window_us
+        return _released_by_bucket(limit, state, now, cost) if last else (state, 0)
+    start = _start_of(limit, at)
     begins = abs(state[0])
     place = 1
     if start != begins:
@@ -79,14 +105,13 @@ def released(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: 
     return (*state[:place], state[place] - units, *state[place + 1 :]), units
 
 
-def _released_by_bucket(limit: Limit, state: tuple[Any, ...], now: int, at: int, cost: int) -> tuple[State, int]:
+def _start_of(limit: Limit, at: int) -> int:
+    return bounds_of(limit, at)[0] if limit.is_calendar else at - at % limit.window_us
+
+
+def _released_by_bucket(limit: Limit, state: tuple[Any, ...], now: int, cost: int) -> tuple[State, int]:
     scale, rate = scale_and_rate(limit)
     now = max(now, state[3])
     level = level_at(state, now, scale, rate)
-    # What drains only after the moment: those behind were scheduled on it. Each of them passes at a level of the burst; what is
-    # given back may not let the level fall below 0 in between, where it would be lost for them and be had twice.
-    behind = level - rate * max(at - now, 0) - limit.capacity * scale
-    # Their moments are rounded up to µs, so that the bucket may be empty for a part of one before they pass.
-    behind = behind + rate if behind > 0 else 0
-    units = min(cost, max(limit.capacity - -(-behind // scale), 0), level // scale)
+    units = min(cost, level // scale)
     return (level - units * scale, scale, rate, now, *live_leases(state, now)), units

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tidegate.algorithms import AlgorithmResult
-from tidegate.algorithms.reservations import released, reserved
+from tidegate.algorithms.reservations import followed, released, reserved
 from tidegate.counters import Counters
 from tidegate.counters.memory_storage import SWEEP_STEPS, CompiledLimits, MemoryStorage
 from tidegate.counters.reservations import Reservation
@@ -74,14 +74,20 @@ class MemoryReservations(MemoryStorage):
         now = self._clock()
         if now >= reservation.at_us or not reservation.cost:
             return False
-        whole = True
-        for limits, subject in reservation.counters:
-            each = self._load(limits, subject)
+        loaded = [(limits, self._load(limits, subject)) for limits, subject in reservation.counters]
+        whole = all(each.stored for _, each in loaded)
+        at_us = reservation.at_us
+        last = not any(
+            followed(limits.algorithm, limit, state, now, at_us)
+            for limits, each in loaded
+            if each.stored
+            for limit, state in zip(limits.limits, each.states, strict=True)
+        )
+        for limits, each in loaded:
             if not each.stored:
-                whole = False
                 continue
             given = [
-                released(limits.algorithm, limit, state, now, reservation.at_us, reservation.cost)
+                released(limits.algorithm, limit, state, now, at_us, reservation.cost, last=last)
                 for limit, state in zip(limits.limits, each.states, strict=True)
             ]
             whole = whole and all(units == reservation.cost for _, units in given)

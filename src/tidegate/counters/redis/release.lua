@@ -7,18 +7,33 @@ local whole = 0
 if now >= moment then
   return 0
 end
+local loaded, last = {}, true
 for k = 1, count do
   local config, reset_at = cmsgpack.unpack(ARGV[k]), redis.call('GET', KEYS[count + k])
   local name, algorithm = config[1], algorithms[config[1]]
-  local held, changed = algorithm.load(KEYS[k]), false
+  local one = {config, algorithm.load(KEYS[k]), {}}
+  loaded[k] = one
   for i = 2, #config, algorithm.parameters do
-    local at = algorithm.find(held, config[i])
-    if at and not (reset_at and tonumber(reset_at) >= reserved_at) then
-      local units
-      if name == 'token_bucket' then
-        units = release_bucket(held, at, now, moment, cost, config[i + 1], config[i + 2], config[i + 3])
-      else
+    local at = algorithm.find(one[2], config[i])
+    if at then
+      last = last and not is_followed(name, one[2], at, now, moment, config, i)
+      if not (reset_at and tonumber(reset_at) >= reserved_at) then
+        one[3][i] = at
+      end
+    end
+  end
+end
+for k = 1, count do
+  local config, held, changed = loaded[k][1], loaded[k][2], false
+  local name, algorithm = config[1], algorithms[config[1]]
+  for i = 2, #config, algorithm.parameters do
+    local at = loaded[k][3][i]
+    if at then
+      local units = 0
+      if name ~= 'token_bucket' then
         units = release_window(name, held, at, moment, cost, config[i])
+      elseif last then
+        units = release_bucket(held, at, now, cost, config[i + 2], config[i + 3])
       end
       changed = changed or units > 0
       whole = whole + (units == cost and 1 or 0)
