@@ -59,7 +59,6 @@ class Client:
     """A connection that is kept.
 
     Args:
-        port: of the server.
         token: None to send none.
     """
 

@@ -18,7 +18,6 @@ class Source(NamedTuple):
     Args:
         bench: module of this package; its results are `bench/results/BENCH.json`.
         label: of the figure there.
-        unit: of the value.
         what: for a reader of the plan.
     """
 

@@ -54,7 +54,6 @@ class LoggedRequest(NamedTuple):
 
     Args:
         at_us: when it arrives.
-        tokens: that it uses.
         ends_us: when its answer ends.
     """
 

@@ -45,7 +45,6 @@ class Workload(NamedTuple):
     """What a run did.
 
     Args:
-        checks: number.
         calls: to the store.
         redis_us: CPU of Redis per check, µs.
         rate: checks a second.

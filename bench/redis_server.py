@@ -19,8 +19,6 @@ class BenchRedis(NamedTuple):
     """A running server.
 
     Args:
-        url: of it.
-        pid: of its process.
         client: a blocking client to ask about it.
     """
 

@@ -33,7 +33,6 @@ class Admission(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Args:
         limits: name of the limit set: `tier:rule`, or `tier` for a tier's own limits.
-        subject: whom it counted.
         cost: units.
         allowed: the answer.
         degraded: whether it was given without the store.
@@ -110,7 +109,6 @@ def read_log(path: Path, unfinished: list[Path] | None = None) -> Iterator[Admis
     """Read a log line by line.
 
     Args:
-        path: of the file.
         unfinished: is given the path where the last line is not whole, as a client leaves it that is killed.
 
     Yields:
@@ -149,7 +147,6 @@ def in_order(admissions: Iterable[Admission], in_memory: int = IN_MEMORY) -> Ite
     """Sort admissions by what counted them, then by their latest moment.
 
     Args:
-        admissions: any number of them.
         in_memory: so many are held at once, 1 or more; the others wait in temporary files.
 
     Yields:

@@ -65,7 +65,6 @@ class ChargeOutcome(NamedTuple):
 
     Args:
         over: requests over capacity.
-        requests: all.
         pod_hours: of pods that existed, starting and draining ones too.
         changes: how often the number of pods changed.
         series: second, load, capacity of the ready pods and their number, once a sync.

@@ -68,8 +68,6 @@ class Component(NamedTuple):
     """Some machines or processes that do one thing.
 
     Args:
-        name: of it.
-        machines: how many.
         needed: how many must be up.
         rate: of the failures of each.
         switching: what a single failure costs each service that notices it.
@@ -103,12 +101,7 @@ class Component(NamedTuple):
 
 
 class Topology(NamedTuple):
-    """An installation.
-
-    Args:
-        name: of it.
-        components: all of it.
-    """
+    """An installation."""
 
     name: str
     components: Sequence[Component]
@@ -206,11 +199,7 @@ def holds_until(holds: Callable[[float], bool], most: float = 1e6) -> float:
 
 
 def table(topology: Topology) -> str:
-    """The lines that are printed.
-
-    Args:
-        topology: of which.
-    """
+    """The lines that are printed."""
     lines = [f"{topology.name}", f"  {'minutes a year without':<44}" + "".join(f"{service:>14}" for service in SERVICES)]
     for each in topology.components:
         lines.append(f"  {each.name:<44}" + "".join(f"{each.minutes(service):>14.3f}" for service in SERVICES))

@@ -107,7 +107,6 @@ class CheckLoad(HttpLoad):
         url: of the balancer.
         rate: checks a second in all.
         subjects: how many addresses take turns.
-        connections: how many.
     """
 
     def __init__(self, url: str, rate: float, subjects: int, connections: int = CONNECTIONS) -> None:
@@ -150,8 +149,6 @@ class CheckLoad(HttpLoad):
         """Ask an instance what Redis has counted; consumes nothing.
 
         Args:
-            instance_url: of the instance.
-            rule: which.
             plenty: its limit, which nobody must have used up.
 
         Returns:
@@ -173,10 +170,6 @@ class CheckLoad(HttpLoad):
 
 def fill(instance_url: str, subjects: int) -> None:
     """Let Redis hold counters of more addresses under the loose rule; no load asks about them.
-
-    Args:
-        instance_url: of an instance.
-        subjects: how many.
 
     Raises:
         RuntimeError: if one was not admitted.

@@ -39,16 +39,13 @@ class Report(msgspec.Struct):
 
     Args:
         limits: name of the limit set.
-        algorithm: how it counts.
         limit: its text; where a key has a limit of its own, that stands apart.
         subjects: that were admitted anything.
-        admissions: of them.
         units: of these.
         degraded_units: those of them that were admitted without the store.
         uncertain: admissions of which the moment is not known.
         widest_us: width of the widest interval in which one of these lies, µs.
         excess_units: above the limit for certain, at the worst moment of each subject, all subjects together.
-        excess_subjects: of how many.
         store_excess_units: the same of what the store alone admitted.
         worst_subject: who has the greatest excess.
         worst: how much and when.

@@ -57,7 +57,6 @@ def between(seen: Iterable[Seen], since_s: float, until_s: float) -> list[Seen]:
     """Checks that were sent in a span of time.
 
     Args:
-        seen: all of them.
         since_s: its first moment, s since the start.
         until_s: its end, which does not belong to it.
     """
@@ -109,7 +108,6 @@ def over_admitted(admitted: Mapping[str, int], limit: int) -> int:
 
     Args:
         admitted: units by subject.
-        limit: of each.
     """
     return sum(max(units - limit, 0) for units in admitted.values())
 
@@ -120,7 +118,6 @@ def under_admitted(asked: Mapping[str, int], admitted: Mapping[str, int], limit:
     Args:
         asked: units by subject.
         admitted: units by subject.
-        limit: of each.
     """
     return sum(max(min(units, limit) - admitted.get(subject, 0), 0) for subject, units in asked.items())
 
@@ -158,7 +155,6 @@ def asked_of(seen: Iterable[Seen], rule: str) -> Counter[str]:
 
     Args:
         seen: checks.
-        rule: which.
     """
     return Counter(each.ip for each in seen if each.rule == rule)
 
@@ -168,7 +164,6 @@ def admitted_of(seen: Iterable[Seen], rule: str) -> Counter[str]:
 
     Args:
         seen: checks.
-        rule: which.
     """
     return Counter(each.ip for each in seen if each.rule == rule and each.allowed)
 

@@ -47,7 +47,6 @@ def none_of(what: str, count: int, timed: bool = False) -> Goal:
     """That something never happened.
 
     Args:
-        what: it is.
         count: how often it did.
         timed: whether it depends on how fast the machine is.
     """

@@ -63,7 +63,6 @@ def busy(users: float, fleet: Fleet, constants: Mapping[str, Constant], assumed:
 
     Args:
         users: daily.
-        fleet: what there is.
         constants: measured.
         assumed: targets.
 

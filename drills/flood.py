@@ -49,11 +49,7 @@ tier = "hot"
 
 
 def rss_mib(pid: int) -> float:
-    """Resident memory of a process and all below it, MiB; pages that they share count for each.
-
-    Args:
-        pid: of the process.
-    """
+    """Resident memory of a process and all below it, MiB; pages that they share count for each."""
     total = 0
     for each in tree_of(pid):
         try:

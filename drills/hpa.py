@@ -22,7 +22,6 @@ class Policy(NamedTuple):
 
     Args:
         type: `Pods` or `Percent` of the pods at the period's start.
-        value: of it.
         period_s: 1 to 1800.
     """
 
@@ -183,7 +182,6 @@ class Shipped(NamedTuple):
     """What an HPA manifest says.
 
     Args:
-        behaviour: of it.
         least: `minReplicas`.
         most: `maxReplicas`.
         cpu_percent: target of CPU utilization.

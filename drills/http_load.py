@@ -51,7 +51,6 @@ class Answer(NamedTuple):
 
     Args:
         status: of HTTP.
-        body: of it.
         closes: whether the connection ends with it.
     """
 
@@ -69,7 +68,6 @@ class HttpLoad:
     Args:
         url: of the server, without path.
         rate: requests a second in all; fewer, where answers take longer.
-        connections: how many.
         patience_s: how long to wait for a connection and for an answer.
     """
 

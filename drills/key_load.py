@@ -54,7 +54,6 @@ class KeyLoad(HttpLoad):
         url: of an instance or a balancer.
         rate: checks a second in all.
         next_key: who asks next.
-        connections: how many.
 
     Attributes:
         results: of every check.

@@ -35,7 +35,6 @@ class Seen(NamedTuple):
 
     Args:
         at_s: since the start.
-        subject: whom it counted.
         allowed: the answer; False where there was none.
         degraded: whether the store was away.
         latency_s: of the check.
@@ -54,12 +53,9 @@ class Load:
     """Some instances on one Redis.
 
     Args:
-        url: of it.
-        instances: how many.
         amount: what each subject may have; the window is a year, so that nothing is given back meanwhile.
         subjects: how many take turns.
         rate: checks a second, of all instances together.
-        algorithm: how it counts.
         timeout_s: of a check.
         breaker: of each instance.
         on_failure: of the rule.

@@ -18,9 +18,6 @@ class Goal(NamedTuple):
     """One thing that had to hold.
 
     Args:
-        what: it is.
-        measured: as text.
-        wanted: as text.
         met: whether it held.
         timed: whether it depends on how fast the machine is.
     """
@@ -70,7 +67,6 @@ class ChargeOutcome(NamedTuple):
         name: of the drill.
         seen: all checks.
         event_s: when the bad thing happened, s since the start of the load.
-        over_s: when it was over.
         ended_s: when the load ended.
         units: of the tight rule.
         books: of the loose rule; None where Redis was not asked.
@@ -196,7 +192,6 @@ def at_most(what: str, measured: float | None, most: float, unit: str) -> Goal:
     """That something stays below a bound.
 
     Args:
-        what: it is.
         measured: None where it did not end before the drill did.
         most: the bound, which itself is too much.
         unit: of both.

@@ -50,7 +50,6 @@ def keys_of(count: int, kind: str = "known") -> list[str]:
     """Keys as a policy file may name them.
 
     Args:
-        count: how many.
         kind: a word that tells them from others.
     """
     return [f"drill-{kind}-key-{number:06}" for number in range(count)]
@@ -61,7 +60,6 @@ def instances(count: int, keys: Sequence[str], **environment: str) -> Iterator[l
     """Tidegates that serve a policy.
 
     Args:
-        count: how many.
         keys: of the policy file.
         environment: their settings.
     """
@@ -124,7 +122,6 @@ class Clocked(NamedTuple):
         """Note that something happened.
 
         Args:
-            what: it was.
             at_s: when, s since the start; now if None.
         """
         self.marks.append(Mark(self.now_s if at_s is None else at_s, what))
@@ -136,7 +133,6 @@ async def asked(servers: Sequence[Serve], next_key: Callable[[], str], rate: flo
     """Checks at every instance, and an operator at the last.
 
     Args:
-        servers: the instances.
         next_key: who asks next.
         rate: checks a second at each.
     """

@@ -55,7 +55,6 @@ def proof_of(algorithm: AnyAlgorithm, limit: Limit, widest_us: int) -> Proof:
     """The proof of a limit.
 
     Args:
-        algorithm: how it counts.
         limit: what holds, its burst filled in.
         widest_us: no admission's interval is wider.
 
@@ -72,11 +71,7 @@ def proof_of(algorithm: AnyAlgorithm, limit: Limit, widest_us: int) -> Proof:
 
 
 class FixedWindowProof:
-    """No aligned window holds more than the amount.
-
-    Args:
-        limit: what holds.
-    """
+    """No aligned window holds more than the amount."""
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit
@@ -99,9 +94,6 @@ class SlidingWindowProof:
 
     The last one of those that certainly happened in a window until some moment saw all the others of them, and the weight at its
     own moment was at least that of the later one.
-
-    Args:
-        limit: what holds.
     """
 
     def __init__(self, limit: Limit) -> None:
@@ -125,11 +117,7 @@ class SlidingWindowProof:
 
 
 class SlidingLogProof:
-    """No interval `(t − window, t]`, wherever it lies, holds more than the amount.
-
-    Args:
-        limit: what holds.
-    """
+    """No interval `(t − window, t]`, wherever it lies, holds more than the amount."""
 
     def __init__(self, limit: Limit) -> None:
         self._limit = limit

@@ -49,7 +49,6 @@ class Mark(NamedTuple):
 
     Args:
         at_s: since the start of the load.
-        what: it was.
     """
 
     at_s: float
@@ -108,9 +107,6 @@ class Running:
     def mark(self, what: str) -> float:
         """Note that something happens now.
 
-        Args:
-            what: it is.
-
         Returns:
             When, s since the start.
         """
@@ -155,7 +151,6 @@ class Running:
         """When the instances first said something.
 
         Args:
-            holds: what.
             since_s: from when on, s since the start.
 
         Returns:

@@ -57,7 +57,6 @@ class Piece(NamedTuple):
     Args:
         what: its kind and number.
         address: `HOST:PORT`.
-        pid: of its process.
     """
 
     what: str
@@ -127,8 +126,6 @@ class Stack:
     Args:
         directory: an empty one, for the instances' files and logs.
         policy: text of the policy file of all instances.
-        topology: of Redis.
-        sizes: how many of each.
         settings: environment of all instances, beside addresses.
         each: further environment of one instance each, in their order.
         proxied: whether a Redis that stands alone is reached through `proxy`.

@@ -39,9 +39,7 @@ class Recorded(msgspec.Struct, frozen=True):
     """One process.
 
     Args:
-        what: it is.
         address: `HOST:PORT`; empty for the one that keeps the others.
-        pid: its id.
         began: when it was started, in clock ticks since the machine was: an id is given anew, a pair of both is not.
     """
 
@@ -75,11 +73,7 @@ class State(msgspec.Struct, frozen=True):
 
 
 def began_at(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was; None if there is none.
-
-    Args:
-        pid: its id.
-    """
+    """When a process was started, in clock ticks since the machine was; None if there is none."""
     try:
         # The second field, its name, may hold anything; the start is the 22nd.
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
@@ -89,9 +83,6 @@ def began_at(pid: int) -> int | None:
 
 def read_state(path: Path) -> State | None:
     """What the state file says.
-
-    Args:
-        path: of it.
 
     Returns:
         None where there is none.
@@ -111,7 +102,6 @@ def write_state(path: Path, state: State) -> None:
     """Write it so that nobody reads half of it.
 
     Args:
-        path: of the file.
         state: what to write.
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}")
@@ -173,8 +163,6 @@ def up(path: Path, topology: str, sizes: Sizes) -> int:
 
     Args:
         path: of the state file.
-        topology: of Redis.
-        sizes: how many of each.
 
     Returns:
         The exit code.
@@ -228,8 +216,6 @@ def keep(path: Path, topology: str, sizes: Sizes) -> int:
 
     Args:
         path: of the state file.
-        topology: of Redis.
-        sizes: how many of each.
 
     Returns:
         The exit code.

@@ -76,7 +76,6 @@ def digest_of(registry: str, name: str, tag: str) -> str:
     Args:
         registry: host, with a port where it has one.
         name: of the repository.
-        tag: the tag.
 
     Returns:
         `sha256:` and 64 hex digits.

@@ -43,7 +43,6 @@ class Source:
     """A Prometheus over a span of time.
 
     Args:
-        url: of the server.
         minutes: of the span, which ends now.
 
     Attributes:

@@ -27,7 +27,6 @@ class AsgiClient:
     """Sends requests to an app.
 
     Args:
-        app: the app.
         peer: address that the app sees; None for a unix socket.
     """
 

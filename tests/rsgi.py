@@ -64,7 +64,6 @@ async def call(
     """Make one request to an RSGI app.
 
     Args:
-        app: the app.
         path: of the scope.
         headers: names and values as bytes.
         method: of the request.

@@ -34,11 +34,7 @@ class BreakerOptions(msgspec.Struct, frozen=True):
 
 
 class Breaker:
-    """One for each shard, or for each server of a client. The caller passes the time, monotonic seconds.
-
-    Args:
-        options: see there.
-    """
+    """One for each shard, or for each server of a client. The caller passes the time, monotonic seconds."""
 
     __slots__ = ("_closed_at", "_event", "_failed_at", "_opened_at", "opened", "options", "state", "wait_s", "why")
 

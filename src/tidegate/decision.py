@@ -270,9 +270,6 @@ class ShadowDenial(msgspec.Struct, frozen=True, gc=False):
     """A check that a shadow rule would have denied.
 
     Args:
-        tier: of the rule.
-        rule: its name.
-        subject: whom it counted.
         at_us: the counter store's clock, µs since the epoch.
     """
 

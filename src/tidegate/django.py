@@ -91,7 +91,6 @@ class RateLimitMiddleware:
         """Check a request before its view; Django runs this in a thread where views are async.
 
         Args:
-            request: the request.
             view: that will answer it.
 
         Returns:

@@ -326,7 +326,6 @@ class EnvoySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         domain: domain whose descriptors are checks under the policy.
-        api_key_entry: name of the entry with the API key.
         method_entry: name of the entry with the HTTP method; GET without one.
         path_entry: name of the entry with the path; a descriptor without one is matched against the rules for descriptors.
         ip_entry: name of the entry with the client's address.

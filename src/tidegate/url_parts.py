@@ -72,9 +72,6 @@ def is_postgres_url(url: str) -> bool:
 def without_secrets(url: str) -> str:
     """A URL of a database as messages may show it: without user, password and options.
 
-    Args:
-        url: any text.
-
     Returns:
         Scheme, hosts and name; the scheme alone where the rest cannot be distinguished from a password.
     """

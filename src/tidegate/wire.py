@@ -23,7 +23,6 @@ class DecisionBody(msgspec.Struct, frozen=True, gc=False):
         reset_after: seconds until it is fully replenished.
         retry_after: seconds until the same cost passes without other requests; 0 when allowed, null when it never will.
         rule: name of the rule; null where none applies.
-        tier: name of the tier.
         degraded: whether the counter store was unavailable.
         overage: units of the check that pass above a quota or a soft limit; 0 where none do.
         customer: name of the caller's customer; null without one.
@@ -175,18 +174,10 @@ class HoldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     Args:
         path: path of the request to decide; needed unless `namespace` is given.
         method: as for `POST /v1/check`.
-        api_key: as there.
-        ip: as there.
         cost: the most that the request may cost, units, also written as 1.0; 1 if absent.
-        attributes: as there.
-        tier: as there.
-        bearer: as there.
         ttl_s: after how many seconds the hold expires unless it is settled, 1 to 3600; 60 if absent.
         clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
         namespace: as for `POST /v1/limit`, instead of a check.
-        subject: as there.
-        limits: as there.
-        algorithm: as there.
     """
 
     path: str | None = None

@@ -105,7 +105,6 @@ def over_api(runner: Runner, server: Any, directory: Path) -> Runner:
     """The way over the admin API of a server.
 
     Args:
-        runner: any.
         server: a `tidegate serve` whose operator's token is `TOKEN`.
         directory: where the commands run; made if it is not there.
 

@@ -100,7 +100,6 @@ class Load:
     """Checks of some callers on all instances, a few hundred a second, as long as the context lasts.
 
     Args:
-        servers: the instances.
         checks: name → body.
     """
 

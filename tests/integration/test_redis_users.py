@@ -40,7 +40,6 @@ class Server:
 
     Args:
         command: that becomes the server.
-        port: of it.
         directory: in which it runs.
         environment: more variables.
     """

@@ -90,8 +90,6 @@ class Link:
 
     Args:
         store: where it leads.
-        instance: whose it is.
-        instances: how many there are.
         told: the model.
     """
 

@@ -54,7 +54,6 @@ class Truth(Told):
     """Bounds of what the store has counted, and all that is owed to it.
 
     Args:
-        instances: how many there are.
         clock: of the store, µs since the epoch.
     """
 

@@ -17,9 +17,7 @@ class Authority:
     Attributes:
         ca: certificate of the authority, what the other side is to trust.
         server_cert: certificate for 127.0.0.1 and localhost, with its chain.
-        server_key: its key.
         client_cert: certificate of a client, with its chain.
-        client_key: its key.
     """
 
     def __init__(self, directory: Path) -> None:

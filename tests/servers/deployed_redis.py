@@ -35,22 +35,12 @@ def redis_standalone() -> RedisServer:
 
 
 def redis_cluster(masters: int = 3, replicas: int = 1) -> RedisCluster:
-    """A cluster whose nodes have deploy/redis/redis.conf and cluster.conf.
-
-    Args:
-        masters: how many.
-        replicas: of each.
-    """
+    """A cluster whose nodes have deploy/redis/redis.conf and cluster.conf."""
     return RedisCluster(masters, replicas, options=directives("redis.conf", "cluster.conf"))
 
 
 def redis_sentinel(sentinels: int = 3, replicas: int = 2) -> RedisSentinel:
-    """Sentinels, a master and its replicas with deploy/redis/redis.conf and sentinel.conf.
-
-    Args:
-        sentinels: how many.
-        replicas: how many.
-    """
+    """Sentinels, a master and its replicas with deploy/redis/redis.conf and sentinel.conf."""
     said = directives("sentinel.conf")["sentinel"]
     assert isinstance(said, list)
     watched = {line.split()[0]: line.split()[-1] for line in said if f" {NAME} " in line}

@@ -130,11 +130,7 @@ class Envoy(Started):
         self._process = None
 
     def healthy(self, cluster: str) -> bool:
-        """Whether Envoy takes a cluster's one host for well.
-
-        Args:
-            cluster: its name.
-        """
+        """Whether Envoy takes a cluster's one host for well."""
         told = httpx.get(f"http://{HOST}:{self.admin_port}/clusters", timeout=5).text
         flags = re.findall(rf"^{cluster}::[^:]+:\d+::health_flags::(\S+)", told, re.MULTILINE)
         return flags == ["healthy"]
@@ -143,7 +139,6 @@ class Envoy(Started):
         """Wait until Envoy takes a cluster's host for well, or for unwell.
 
         Args:
-            cluster: its name.
             healthy: which of the two.
 
         Raises:

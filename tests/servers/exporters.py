@@ -18,7 +18,6 @@ class RedisExporter(Service):
     """redis_exporter beside one Redis.
 
     Args:
-        redis_url: of the Redis.
         options: more of its command line.
         environment: more variables.
     """
@@ -38,7 +37,6 @@ class PostgresExporter(Service):
     """postgres_exporter beside one PostgreSQL.
 
     Args:
-        database_url: of a database on it.
         queries: a file of queries to load; None for none.
         settings: whether it tells the server's settings, hundreds of them.
     """

@@ -79,7 +79,6 @@ class HAProxy(Service):
 
         Args:
             socket_path: of a `stats socket` in the configuration.
-            backend: its name.
 
         Returns:
             `UP`, `DOWN`, `UP 1/3` and the like, by name of the server.

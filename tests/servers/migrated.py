@@ -31,12 +31,7 @@ def copy_sqlite(target: Path) -> None:
 
 
 def empty_postgres(server: PostgresServer, database: str) -> None:
-    """Remove everything in a database, and end the connections that a failed test may have left: they hold locks.
-
-    Args:
-        server: that has it.
-        database: its name.
-    """
+    """Remove everything in a database, and end the connections that a failed test may have left: they hold locks."""
     server.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
         database,
@@ -45,12 +40,7 @@ def empty_postgres(server: PostgresServer, database: str) -> None:
 
 
 def migrate_postgres(server: PostgresServer, database: str) -> None:
-    """Bring an empty database to the newest schema.
-
-    Args:
-        server: that has it.
-        database: its name.
-    """
+    """Bring an empty database to the newest schema."""
     server.execute(_postgres(server), database)
 
 

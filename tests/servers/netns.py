@@ -68,7 +68,6 @@ class Host:
 
         Args:
             command: program and arguments.
-            timeout_s: for it.
         """
         return subprocess.run(
             ["ip", "netns", "exec", self.name, *command], capture_output=True, text=True, timeout=timeout_s, check=False

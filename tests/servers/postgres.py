@@ -126,9 +126,6 @@ class PostgresServer(Started):
     def url(self, database: str = DATABASE) -> str:
         """Name a database as libpq does.
 
-        Args:
-            database: its name.
-
         Returns:
             `postgresql://postgres@127.0.0.1:PORT/DATABASE`.
         """
@@ -233,7 +230,6 @@ class PostgresServer(Started):
         Args:
             query: the statement, with `%s` for each parameter.
             database: where to ask it.
-            parameters: values for it.
 
         Returns:
             Its rows; empty for a statement that has none.

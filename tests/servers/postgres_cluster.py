@@ -125,7 +125,6 @@ class PostgresCluster(Started):
     Attributes:
         primary: the primary of the beginning.
         replicas: the replicas of the beginning.
-        servers: all of them.
     """
 
     def __init__(self, replicas: int = 2, options: Options | None = None) -> None:
@@ -136,9 +135,6 @@ class PostgresCluster(Started):
     def url(self, database: str = DATABASE) -> str:
         """Name a database on whichever server takes writes, as libpq does.
 
-        Args:
-            database: its name.
-
         Returns:
             `postgresql://postgres@127.0.0.1:P1,127.0.0.1:P2,…/DATABASE?target_session_attrs=read-write`.
         """
@@ -147,9 +143,6 @@ class PostgresCluster(Started):
 
     def replica_urls(self, database: str = DATABASE) -> list[str]:
         """Name a database on each of the replicas of the beginning.
-
-        Args:
-            database: its name.
 
         Returns:
             Their URLs, in the order of `replicas`.

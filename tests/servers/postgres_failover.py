@@ -85,9 +85,6 @@ class Keeper:
     def url(self, database: str = DATABASE) -> str:
         """Name a database on this server alone, as libpq does.
 
-        Args:
-            database: its name.
-
         Returns:
             `postgresql://postgres@127.0.0.1:PORT/DATABASE`.
         """
@@ -217,9 +214,6 @@ class PostgresFailover(Started):
     def url(self, database: str = DATABASE) -> str:
         """Name a database on whichever node takes writes: what Tidegate gets as `catalog.url`.
 
-        Args:
-            database: its name.
-
         Returns:
             `postgresql://postgres@127.0.0.1:P1,127.0.0.1:P2,…/DATABASE`.
         """
@@ -228,9 +222,6 @@ class PostgresFailover(Started):
 
     def replica_urls(self, database: str = DATABASE) -> list[str]:
         """Name a database on each node: what Tidegate gets as `catalog.replicas`, since any of them may be one.
-
-        Args:
-            database: its name.
 
         Returns:
             Their URLs, in the order of `nodes`.

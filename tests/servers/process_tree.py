@@ -18,9 +18,6 @@ _WAIT_S = 5.0
 def tree_of(pid: int) -> list[int]:
     """Ask Linux for a process and all below it, with those that have ended and are not collected yet.
 
-    Args:
-        pid: of the process.
-
     Returns:
         Their process ids, parents first; empty if the process is gone.
     """
@@ -35,9 +32,6 @@ def tree_of(pid: int) -> list[int]:
 def has_ended(pid: int) -> bool:
     """Whether a process is gone, or has ended and only waits to be collected; in a container, nobody may ever do that.
 
-    Args:
-        pid: of the process.
-
     Returns:
         True if nothing of it runs any more.
     """
@@ -46,9 +40,6 @@ def has_ended(pid: int) -> bool:
 
 def freeze(pid: int) -> None:
     """Stop a process and all below it by SIGSTOP, and wait until all are stopped: from then on, no new ones come.
-
-    Args:
-        pid: of the process.
 
     Raises:
         TimeoutError: if they are not stopped within 5 s.
@@ -66,11 +57,7 @@ def freeze(pid: int) -> None:
 
 
 def thaw(pid: int) -> None:
-    """Let a process and all below it go on.
-
-    Args:
-        pid: of the process.
-    """
+    """Let a process and all below it go on."""
     # The process last: while it is stopped, it collects none of those below, and their ids stay theirs.
     for one in reversed(tree_of(pid)):
         os.kill(one, signal.SIGCONT)

@@ -54,9 +54,6 @@ _PACKAGES = {
 def need(program: str) -> str:
     """Find a program or skip the test, saying which package has it.
 
-    Args:
-        program: its name.
-
     Returns:
         Its path.
     """
@@ -71,7 +68,6 @@ def run(program: str, *arguments: str | Path, directory: Path | None = None) -> 
 
     Args:
         program: its name; the test skips where it is missing.
-        arguments: of it.
         directory: to run it in.
 
     Returns:
@@ -109,7 +105,6 @@ def prometheus_files(directory: Path, divisor: int, blackbox: str | None = None,
     """Write the shipped configuration and rules, with intervals divided, these targets and no others.
 
     Args:
-        directory: where.
         divisor: of the intervals.
         blackbox: `host:port` of the blackbox exporter; the shipped one if None.
         targets: by the name of their file in `targets/`.
@@ -131,7 +126,6 @@ class Service(Started):
     """A process that serves HTTP on a loopback port.
 
     Args:
-        program: its name.
         path: that answers 200 when it is ready.
         port: to serve at; a free one if None.
     """

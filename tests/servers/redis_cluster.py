@@ -87,9 +87,6 @@ class RedisCluster(Started):
     def new_nodes(self, number: int) -> list[RedisServer]:
         """Start more nodes, which nobody knows yet; they end with the others.
 
-        Args:
-            number: how many.
-
         Returns:
             They, at the end of `nodes` too.
         """
@@ -157,9 +154,6 @@ class RedisCluster(Started):
 
     def slot_of(self, key: str | bytes) -> int:
         """Ask which slot a key is in.
-
-        Args:
-            key: any.
 
         Returns:
             The slot, 0…16383.

@@ -28,7 +28,6 @@ class RedisSentinel(Started):
 
     Attributes:
         servers: the master of the beginning, then the replicas.
-        sentinels: the sentinels.
     """
 
     def __init__(

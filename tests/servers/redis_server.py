@@ -74,7 +74,6 @@ class Client:
 
     Args:
         host: of the server.
-        port: of the server.
         timeout_s: for connecting, and for each reply.
     """
 

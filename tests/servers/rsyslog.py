@@ -119,11 +119,7 @@ class Shipper(Started):
             self._process = None
 
     def send_to(self, url: str) -> None:
-        """Let the next start, and `resend`, send elsewhere.
-
-        Args:
-            url: of the server.
-        """
+        """Let the next start, and `resend`, send elsewhere."""
         self._environment["TIDEGATE_LOGS_URL"] = url
 
     def resend(self) -> subprocess.CompletedProcess[str]:

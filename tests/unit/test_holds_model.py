@@ -146,4 +146,4 @@ class HoldsAgainstModel(RuleBasedStateMachine):
 
 
 TestHoldsAgainstModel = HoldsAgainstModel.TestCase
-TestHoldsAgainstModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestHoldsAgainstModel.settings = settings(max_examples=60, stateful_step_count=30)

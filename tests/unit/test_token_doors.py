@@ -105,7 +105,7 @@ async def test_tokens_of_a_batch_fail_one_by_one(app: DataPlane) -> None:
 
 
 def plain(body: dict[str, Any]) -> PlainRequest:
-    return cast("PlainRequest", SimpleNamespace(values={}, body=json.dumps(body).encode(), head_bytes=100))
+    return cast("PlainRequest", SimpleNamespace(values={}, body=json.dumps(body).encode(), head_bytes=100, repeats=False))
 
 
 async def test_the_reader_of_plain_checks_agrees(app: DataPlane) -> None:

@@ -41,7 +41,6 @@ async def list_blocks(
     """Blocks, the newest first.
 
     Args:
-        editor: of the catalog.
         limit: maximum number of items, 1 to 500.
         after: `next` of the previous page.
         status: active, ended (expired or removed), or all.
@@ -75,8 +74,6 @@ async def create_block(editor: CatalogEditor, actor: str, given: BlockCreate) ->
     """Block someone, on every instance within a second.
 
     Args:
-        editor: of the catalog.
-        actor: for the audit log.
         given: whom, until when and why.
 
     Raises:

@@ -26,7 +26,6 @@ async def list_caller_tokens(editor: CatalogEditor, limit: int, after: str | Non
     """Tokens of gateways and back ends by id, revoked ones too.
 
     Args:
-        editor: of the catalog.
         limit: maximum number of items, 1 to 500.
         after: `next` of the previous page.
 
@@ -47,8 +46,6 @@ async def create_caller_token(
     """Make a token; the token itself is in this answer only.
 
     Args:
-        editor: of the catalog.
-        actor: for the audit log.
         name: of the caller: 1 to 200 characters, of no other token that works.
         scopes: what it permits, 1 or more of `SCOPES`.
         expires_at_us: µs since the epoch; None for a token that does not expire.
@@ -80,8 +77,6 @@ async def rotate_caller_token(editor: CatalogEditor, actor: str, token_id: int, 
     """Replace a token by a new one with the same name, scopes and expiry.
 
     Args:
-        editor: of the catalog.
-        actor: for the audit log.
         token_id: id of the old token.
         grace_s: how long the old token still works, s; with 0 it is revoked now.
 

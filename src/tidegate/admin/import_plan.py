@@ -31,7 +31,6 @@ class CatalogRows(msgspec.Struct, frozen=True):
         version: version of the catalog before the rows were read.
         caller_policy: what the catalog says of callers without an API key.
         has_file: whether a policy file is active; without one, operators own the rows that a former file created.
-        tiers: by name.
         rules: by the name of the tier, then of the rule; with `tier_name`.
         keys: by digest; with `tier_name` and `customer_name`.
         customers: by name; with `tier_name`.

@@ -73,8 +73,6 @@ async def import_keys(editor: CatalogEditor, actor: str, request: KeyImportReque
     """Import a batch.
 
     Args:
-        editor: of the catalog.
-        actor: for the audit log.
         request: the batch.
 
     Returns:

@@ -28,7 +28,6 @@ async def list_notifications(
     """Notifications, the newest first.
 
     Args:
-        editor: of the catalog.
         limit: maximum number of items, 1 to 500.
         after: `next` of the previous page.
         status: pending, delivered or failed; None for all.
@@ -51,11 +50,6 @@ async def list_notifications(
 
 async def retry_notification(editor: CatalogEditor, actor: str, notification_id: str) -> NotificationRead:
     """Deliver a notification as soon as possible, also if it has failed.
-
-    Args:
-        editor: of the catalog.
-        actor: for the audit log.
-        notification_id: its id.
 
     Raises:
         NotFound: if there is none with this id.

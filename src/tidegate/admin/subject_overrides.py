@@ -68,9 +68,6 @@ async def list_overrides(
 async def get_override(editor: CatalogEditor, tier: str, name: str) -> SubjectOverrideRead:
     """One override.
 
-    Args:
-        name: its id.
-
     Raises:
         NotFound: if there is no such tier or override.
         CatalogUnavailable: if the database does not answer.
@@ -114,9 +111,6 @@ async def edit_override(
 ) -> SubjectOverrideRead:
     """Replace limits and end of an override; what is consumed is kept.
 
-    Args:
-        name: its id.
-
     Raises:
         NotFound, ManagedByFile, StaleRevision: see `CatalogEditor`.
         PolicyError: if a value is not valid, or the tier has no such rule any more.
@@ -138,9 +132,6 @@ async def delete_override(
     editor: CatalogEditor, actor: str, tier: str, name: str, expected_revisions: ExpectedRevisions
 ) -> SubjectOverrideRead:
     """Delete an override: the limits of the rule apply again, and what is consumed is kept.
-
-    Args:
-        name: its id.
 
     Raises:
         NotFound, ManagedByFile, StaleRevision: see `CatalogEditor`.

@@ -46,7 +46,6 @@ async def estimate(database: Database, tier: str, before: Rule, after: Rule) -> 
     """Estimate what a changed rule would have blocked.
 
     Args:
-        tier: of the rule.
         before: the rule as it is.
         after: the rule as it would be.
 

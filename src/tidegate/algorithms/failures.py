@@ -75,7 +75,6 @@ def settle(
 
     Args:
         failures: how the rule counts.
-        limits: all of the counter.
         state: of it, without the attempt.
         now: µs since the epoch.
         failed: how many failures there were; 0 for none.

@@ -34,7 +34,6 @@ def undrained_of(algorithm: AnyAlgorithm, state: State) -> int:
     """What `give_back` has to know of a state just after a hold was charged to it.
 
     Args:
-        algorithm: how the limit counts.
         state: the new state.
 
     Returns:
@@ -50,8 +49,6 @@ def give_back(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, uni
     """Return units that were charged by a hold and not used.
 
     Args:
-        algorithm: how the limit counts.
-        limit: the limit.
         state: of it; None for nothing.
         now: µs since the epoch.
         units: to return, at most what was charged.
@@ -82,8 +79,6 @@ def refund(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, units:
     """Return units that no hold charged: at most what counts now in the current window, level or log.
 
     Args:
-        algorithm: how the limit counts.
-        limit: the limit.
         state: of it; None for nothing.
         now: µs since the epoch.
         units: to return, 1 or more.
@@ -100,8 +95,6 @@ def charge(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, cost: 
     """Charge units whatever the limit says: what a hold used beyond its cost, or after it expired.
 
     Args:
-        algorithm: how the limit counts.
-        limit: the limit.
         state: of it; None for nothing.
         now: µs since the epoch.
         cost: units, 1 or more.

@@ -91,12 +91,9 @@ def give_back(
     """Give up a lease: take its units out of a state.
 
     Args:
-        algorithm: how the limit counts.
-        limit: the limit.
         state: of it; None for nothing.
         now: µs since the epoch.
         units: that were leased.
-        unused: of them.
         at_us: when they were, µs since the epoch.
         ends_us: when the lease ends.
 

@@ -55,7 +55,6 @@ def followed(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: 
 
     Args:
         algorithm: how the limit counts, one of `RESERVABLE`.
-        limit: the limit.
         state: of it; None for nothing.
         now: µs since the epoch.
         at: moment of the reservation.
@@ -79,7 +78,6 @@ def released(
 
     Args:
         algorithm: how the limit counts, one of `RESERVABLE`.
-        limit: the limit.
         state: of it; None for nothing.
         now: µs since the epoch.
         at: moment of the reservation.

@@ -17,10 +17,6 @@ def decide_reserved(
 
     Args:
         decide: of the algorithm.
-        limit: see there.
-        state: see there.
-        now: see there.
-        cost: see there.
     """
     begins = -state[0]
     begun = (begins, *state[1:])

@@ -79,7 +79,6 @@ def own_data_plane(settings: Settings, tls: ClientTls = NO_FILES) -> tuple[str, 
     """The data plane of the settings of this machine: its certificate is trusted without its authority.
 
     Args:
-        settings: all of them.
         tls: given on the command line.
 
     Returns:
@@ -93,7 +92,6 @@ def own_tls(settings: Settings, url: str, tls: ClientTls) -> ClientTls:
     """The files for a listener of the settings of this machine: its certificate is trusted without its authority.
 
     Args:
-        settings: all of them.
         url: of the listener.
         tls: given on the command line.
     """

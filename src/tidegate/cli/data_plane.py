@@ -71,7 +71,6 @@ def send_request(
     """Send one HTTP request and return the response, whatever its status.
 
     Args:
-        server: destination.
         method: HTTP method.
         path: with its query, starting with `/`.
         timeout_s: limit for connecting, and for each wait for data, s.

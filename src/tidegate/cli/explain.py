@@ -34,7 +34,6 @@ def explain_check(
     Args:
         key: the API key, of which only the id is sent; `-` for none.
         query: parameters of `GET /admin/v1/explain`.
-        attributes: of the request.
         url: URL of the control plane; None for that of the settings.
         token_file: file with a token of the control plane; None for the token of the settings.
         tls: given on the command line.

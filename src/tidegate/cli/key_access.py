@@ -51,7 +51,6 @@ class KeyFilter(msgspec.Struct, frozen=True):
 
     Args:
         name: substring of the name, case-insensitive.
-        id_prefix: prefix of the id.
     """
 
     tier: str | None = None

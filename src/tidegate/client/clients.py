@@ -180,7 +180,6 @@ class Client:
             ip: address of the caller.
             cost: units.
             attributes: what else is known of the caller.
-            tier: tier of the caller.
             bearer: JSON Web Token of the caller.
             ttl_s: seconds until the reservation expires, 1 to 3600, in case the process dies.
             clamp: whether a cost above the most that the limits ever admit is lowered to that; refused otherwise.
@@ -242,7 +241,6 @@ class Client:
             ip: address of the caller.
             cost: units.
             attributes: what else is known of the caller.
-            tier: tier of the caller.
             bearer: JSON Web Token of the caller.
             at_most_s: maximum total wait, s.
 

@@ -190,7 +190,6 @@ class ClientCore:
 
         Args:
             path: path of the data plane.
-            body: JSON.
             read: parses a response of 200 or 429.
         """
         return self._decide(path, body, read, repeatable=False)
@@ -200,7 +199,6 @@ class ClientCore:
 
         Args:
             path: path of the data plane.
-            body: JSON.
             read: parses a response of 200.
 
         Raises:

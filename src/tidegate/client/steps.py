@@ -12,7 +12,6 @@ class HttpRequest:
     """One request to one server. It has no `repr` of its own, because it contains API keys.
 
     Args:
-        server: destination.
         method: HTTP method.
         target: path on the server.
         headers: names and values.

@@ -79,7 +79,6 @@ class LeaseReturn(msgspec.Struct, frozen=True, gc=False):
     Args:
         counters: that were charged.
         granted: units.
-        unused: of them.
         at_us: when they were charged, by the store's clock.
         ends_us: when the lease ends, by the store's clock.
         session: what `LeaseGrantor.session` returned when the grant arrived.
@@ -127,9 +126,6 @@ class CounterStore(Protocol):
 
     async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         """Decide each charge on its own, in order.
-
-        Args:
-            charges: any number of them.
 
         Returns:
             For each its decision, or the error: a part of the store may be down while others answer. `at_us` is the
@@ -216,9 +212,6 @@ class LeaseGrantor(CounterStore, Protocol):
 
     async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
         """Give up leases, in one call; never retried, as a second time would give back units of others.
-
-        Args:
-            returns: any number of them.
 
         Returns:
             For each whether the unused units are available again.

@@ -41,7 +41,6 @@ class BlockingRedis:
 
     Args:
         store: the connections; `disconnect` closes them.
-        options: see there.
     """
 
     def __init__(self, store: BlockingRedisCounters, options: GuardOptions | None = None) -> None:

@@ -31,8 +31,6 @@ class Crossing(msgspec.Struct, frozen=True, gc=False):
 
     Args:
         limits: that the limit belongs to.
-        limit: the limit.
-        subject: whom it counts.
         percent: the threshold.
         used: units after the charge.
         at_us: when, by the store's clock, µs since the epoch.
@@ -82,8 +80,6 @@ class CrossingWatch:
         """Find the crossings of one counter.
 
         Args:
-            limits: of the counter.
-            subject: whom it counts.
             left: for each limit what is left after the charge, below 0 above it; None where it was not charged.
             charged: units of the charge, including a lease.
             at_us: the store's clock.
@@ -103,7 +99,6 @@ class CrossingWatch:
         """As `note`, for all counters of a charge.
 
         Args:
-            counters: of the charge.
             left: of all their limits, in order.
             charged: see `note`.
             at_us: see `note`.

@@ -42,8 +42,6 @@ class DenialCache:
         """The denial of a charge, with its times as of now.
 
         Args:
-            counters: of the charge.
-            cost: of the charge.
             now_us: monotonic µs.
             unanswered: whether the store was asked and has not answered.
 
@@ -75,8 +73,6 @@ class DenialCache:
         """Remember a denial of the store.
 
         Args:
-            counters: of the charge.
-            cost: of the charge.
             decision: the store's.
             started_us: monotonic µs before the call.
             ttl_us: for how long, at most, the first time; until the retry where None.

@@ -56,7 +56,6 @@ class LocalShares:
         """Decide a charge by the shares.
 
         Args:
-            charge: the charge.
             instances: how many share the limits, 1 or more.
 
         Returns:
@@ -180,11 +179,7 @@ class LocalShares:
         return states
 
     def answered(self, counters: Counters) -> None:
-        """The store has decided a charge: the shares of its counters begin anew, unless something is owed again.
-
-        Args:
-            counters: of the charge.
-        """
+        """The store has decided a charge: the shares of its counters begin anew, unless something is owed again."""
         for limits, subject in counters:
             debt = _debt(limits, subject)
             if debt in self.unanswered and debt not in self.owed:

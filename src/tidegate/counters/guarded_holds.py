@@ -44,7 +44,6 @@ class GuardedHolds(msgspec.Struct, frozen=True):
     """Opens and settles the holds of a guarded store.
 
     Args:
-        store: the store.
         healthy: whether the store decides every charge at present.
         admit: says before a charge what decides it instead of the store; None where the store decides.
         failed: what decides a charge that the store did not answer in time.

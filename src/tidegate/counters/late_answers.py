@@ -96,7 +96,6 @@ class LateAnswers:
         """Remember that little remains; called for each such answer, in time or late.
 
         Args:
-            counters: of the charge.
             decision: of the store.
             sent_us: when the charge was sent, monotonic µs; now where None.
         """
@@ -120,7 +119,6 @@ class LateAnswers:
         """Whether a check may pass at its deadline.
 
         Args:
-            charge: the charge.
             instances: how many share the limits, 1 or more.
             uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
         """
@@ -140,9 +138,6 @@ class LateAnswers:
     def remaining(self, counters: _Counters) -> int | None:
         """What remained at the store's last answer, as far as it is known that no more can remain now.
 
-        Args:
-            counters: of a charge.
-
         Returns:
             Units; None where half of the limit or more remained, where there was no answer in the current window, and for
             algorithms without windows.
@@ -154,7 +149,6 @@ class LateAnswers:
         """Process the answer when it comes.
 
         Args:
-            charge: the charge.
             late: as the store raised it.
             admitted: whether the check was admitted, and its units are to be counted.
             started_us: when the charge was sent, monotonic µs.
@@ -167,9 +161,6 @@ class LateAnswers:
 
     def take_prepaid(self, charge: Charge) -> Decision | None:
         """Prepaid units for a check like this one.
-
-        Args:
-            charge: the charge.
 
         Returns:
             The store's decision; None where there is none.

@@ -109,7 +109,6 @@ class LeaseTable:
         leases: the current ones, by counters.
         returns: leases given up, to be sent.
         renewals: counters whose leases are to be renewed.
-        on_renewal: called when there is one.
     """
 
     def __init__(self, ttl_us: int, max_subjects: int, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -319,12 +318,7 @@ class LeaseTable:
         del self.returns[kept:]
 
     def unused(self, limits: LimitSet, subject: str) -> int:
-        """Units of a counter that are leased here and not used.
-
-        Args:
-            limits: of the counter.
-            subject: whom it counts.
-        """
+        """Units of a counter that are leased here and not used."""
         now_ns = self._clock_ns()
         return sum(
             lease.left

@@ -39,7 +39,6 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
 
         Args:
             limits: of the counter; plain.
-            subject: whom to count.
             cost: units, 0 (peek) or more.
 
         Returns:
@@ -249,10 +248,6 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
     def take(self, limits: LimitSet, subject: str) -> tuple[State, ...] | None:
         """Take out what a subject consumed; afterwards it has consumed nothing here.
 
-        Args:
-            limits: of the counter.
-            subject: whom it counts.
-
         Returns:
             A state for each limit; None where nothing still counts.
         """
@@ -270,8 +265,6 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
         """Add what was admitted elsewhere, without asking any limit.
 
         Args:
-            limits: of the counter.
-            subject: whom it counts.
             states: one for each limit, None for nothing.
         """
         compiled = self._prepare(limits)

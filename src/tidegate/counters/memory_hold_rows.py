@@ -28,11 +28,8 @@ class HeldCounter:
     """A counter that holds were opened for. A reset puts another one in its place.
 
     Attributes:
-        limits: of the counter.
-        subject: whom it counts.
         key: of the counter.
         open: how many of its holds are open.
-        rows: how many rows name it.
         marks: heap of the moments at which its holds expire; those of ended holds stay for a while.
         reset: whether the counter was reset, so that it does not contain what these holds charged.
     """
@@ -57,7 +54,6 @@ class HoldRows:
         cost: units reserved; once it was settled, units charged.
         level: of the bucket of its only limit just after, in tokens; 0 for others.
         mark: its moment and its row.
-        counters: its counters.
         details: for rows with several counters or limits, for each counter the levels by window; None where nothing was charged.
     """
 

@@ -55,7 +55,6 @@ class Breakers:
 
     Args:
         store: whose shards they are.
-        options: of each.
     """
 
     def __init__(self, store: Store, options: BreakerOptions) -> None:

@@ -24,7 +24,6 @@ async def refuse_bearer_key(gate: Gate, headers: RequestHeaders, ip: str | None)
 
     Args:
         gate: knows the keys.
-        headers: of the request.
         ip: the client's address, or None; look-ups of unknown tokens are bounded for each, apart from those of unknown keys.
 
     Raises:

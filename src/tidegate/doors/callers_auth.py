@@ -78,7 +78,6 @@ class CallersAuth(Protocol):
         """Require that the caller of a request is known and may do something.
 
         Args:
-            scope: of the request.
             needed: one of `SCOPES`.
 
         Raises:

@@ -30,11 +30,7 @@ class ConnectionScope(Protocol):
 
 
 class PlainConnection:
-    """What functions of the user get where the app is not of Starlette.
-
-    Args:
-        scope: of the request.
-    """
+    """What functions of the user get where the app is not of Starlette."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
@@ -157,11 +153,9 @@ async def refuse(scope: Scope, send: Send, status: int, headers: Headers, body: 
     """Answer a request without the app; refuse a WebSocket.
 
     Args:
-        scope: of the request.
         send: see ASGI.
         status: of the response.
         headers: of the response, beside those of the body.
-        body: JSON.
     """
     kind = "http.response"
     if scope["type"] == "websocket":

@@ -111,9 +111,6 @@ def use_json_answer(scope: Any) -> None:
     """Have Starlette answer a `RateLimitExceeded` of this request in the error form, unless the app has a handler for it.
 
     Without it Starlette's handler of `HTTPException` answers: as JSON in FastAPI, as plain text elsewhere.
-
-    Args:
-        scope: of the request.
     """
     handlers = scope.get("starlette.exception_handlers")
     if isinstance(handlers, tuple) and handlers and isinstance(handlers[0], dict):
@@ -170,9 +167,6 @@ def _flask_class() -> Any:
 
 def loaded(module: str) -> Any:
     """A framework's module if the program has imported it: no framework is imported for code that does not use it.
-
-    Args:
-        module: its name.
 
     Returns:
         The module or None.

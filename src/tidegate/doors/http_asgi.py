@@ -26,11 +26,7 @@ _BLOCKED_POLL_S: Final = 0.05
 
 
 class AsgiAdapter:
-    """Answers the exchanges of `HttpServer` with an ASGI application, without lifespan events.
-
-    Args:
-        app: the application.
-    """
+    """Answers the exchanges of `HttpServer` with an ASGI application, without lifespan events."""
 
     def __init__(self, app: AsgiApp) -> None:
         self._app = app

@@ -126,7 +126,6 @@ def read_authorize(
     """Read the request of a gateway.
 
     Args:
-        scope: of the request.
         trusted: whose forwarding headers are believed.
         for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
         sources: where trusted proxies send attributes.
@@ -223,7 +222,6 @@ def decoded(decoder: msgspec.json.Decoder[_T], body: bytes, kind: str) -> _T:
 
     Args:
         decoder: of the record.
-        body: JSON.
         kind: what the body should be, for the message.
 
     Raises:
@@ -265,7 +263,6 @@ async def read_body(headers: SizedHeaders, proto: Any, most: int, timeout_s: flo
     """The whole body, bounded in size and time.
 
     Args:
-        headers: of the request.
         proto: gives the body, as RSGI's protocol does.
         most: bytes.
         timeout_s: how long it may take to arrive, s.

@@ -66,8 +66,6 @@ def authorize_response(
     """The response of `/v1/authorize`.
 
     Args:
-        scope: of the request.
-        decision: on it.
         for_envoy: whether it was sent to `AUTHORIZE_ENVOY`.
         policy: the active one, whose attributes the response depends on; None if it was replaced just now.
         keys: where the API key was read.
@@ -91,7 +89,6 @@ def error_response(scope: Scope, error: TidegateError, request: Request | None) 
     """The response for an error.
 
     Args:
-        scope: of the request.
         error: why there is no decision.
         request: the same request, for its id; None where it has none.
 

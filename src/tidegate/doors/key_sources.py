@@ -52,7 +52,6 @@ class KeySources:
         """The API key of a request.
 
         Args:
-            headers: of the request.
             query: of the request's URI, as it came, without the `?`.
 
         Returns:

@@ -368,7 +368,6 @@ class limit(LimitSteps):
         """As `check`, without an event loop: for middleware.
 
         Args:
-            view: the request.
             name: of the limit, unless it has a scope.
 
         Raises:
@@ -380,7 +379,6 @@ class limit(LimitSteps):
         """As `check_blocking`, for a request that `end_blocking` may charge.
 
         Args:
-            view: the request.
             name: of the limit, unless it has a scope.
 
         Raises:

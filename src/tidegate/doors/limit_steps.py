@@ -271,7 +271,6 @@ class LimitSteps:
 
         Args:
             value: what the key gave.
-            call: the call.
         """
         if value is not None and value != "":
             # An API key by its digest: it is a secret.

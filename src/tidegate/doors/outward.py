@@ -23,9 +23,6 @@ def outward(error: TidegateError) -> tuple[str, dict[str, object]]:
 
     An error of a store or the catalog names hosts, ports and what they said: it is logged, once a second for each kind.
 
-    Args:
-        error: any.
-
     Returns:
         Message and details.
     """

@@ -53,7 +53,6 @@ def plain_authorize(
     """The check of a plain `GET /v1/authorize`. Costs 2 µs.
 
     Args:
-        request: the request.
         trusted: whose forwarding headers are believed.
         max_header_bytes: most bytes of the names and values of its headers.
         policy: the active one: it says where trusted proxies send attributes.
@@ -132,7 +131,6 @@ def plain_check(request: PlainRequest, max_header_bytes: int, max_body_bytes: in
     """The check of a plain `POST /v1/check`. Costs 2 µs.
 
     Args:
-        request: the request.
         max_header_bytes: most bytes of the names and values of its headers.
         max_body_bytes: most bytes of its body.
         gate: recalls bearer tokens that were verified before.

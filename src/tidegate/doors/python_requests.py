@@ -392,7 +392,6 @@ def client_ip(view: RequestView, trusted: TrustedProxies) -> str:
     """What counts as one client: an IPv4 address, the /64 of an IPv6 address, or the name of a peer without an address.
 
     Args:
-        view: the request.
         trusted: whose forwarding headers are believed.
 
     Raises:
@@ -403,12 +402,7 @@ def client_ip(view: RequestView, trusted: TrustedProxies) -> str:
 
 
 def put_starlette_headers(response: Any, decision: Decision) -> None:
-    """Put the limit headers of a decision on a response of Starlette, in place of those of another limit.
-
-    Args:
-        response: the response.
-        decision: the decision.
-    """
+    """Put the limit headers of a decision on a response of Starlette, in place of those of another limit."""
     raw = response.raw_headers
     for name, _ in raw:
         if name == b"ratelimit":
@@ -419,12 +413,7 @@ def put_starlette_headers(response: Any, decision: Decision) -> None:
 
 
 def put_django_headers(response: Any, decision: Decision) -> None:
-    """Put the limit headers of a decision on a response of Django, in place of those of another limit.
-
-    Args:
-        response: the response.
-        decision: the decision.
-    """
+    """Put the limit headers of a decision on a response of Django, in place of those of another limit."""
     headers = response.headers
     kind: Callable[..., Any] = type(headers)
     if _keeps_pairs(kind):

@@ -58,7 +58,6 @@ def single(headers: RequestHeaders, name: str) -> str | None:
     """The value of a header that may come once.
 
     Args:
-        headers: of the request.
         name: in lower case.
 
     Returns:
@@ -79,7 +78,6 @@ def single_path(headers: RequestHeaders, name: str) -> str | None:
     """The value of a header with a path: as `single`, but raw UTF-8 is accepted.
 
     Args:
-        headers: of the request.
         name: in lower case.
 
     Returns:
@@ -120,7 +118,6 @@ def joined(headers: RequestHeaders, name: str) -> str | None:
     """The value of a header whose occurrences form one list.
 
     Args:
-        headers: of the request.
         name: in lower case.
 
     Returns:

@@ -28,9 +28,6 @@ _ENCODER: Final = msgspec.json.Encoder()
 def decision_body(decision: Decision) -> DecisionBody:
     """The JSON form of a decision.
 
-    Args:
-        decision: the decision.
-
     Returns:
         The record to encode.
     """
@@ -95,9 +92,6 @@ def _window_usage_body(decision: Decision) -> WindowUsageBody:
 def error_body(error: TidegateError) -> dict[str, Any]:
     """The JSON form of an error: `{"error": {"code", "message", "details"}}`; see `outward` for what it does not say.
 
-    Args:
-        error: the error.
-
     Returns:
         What to encode.
     """
@@ -107,9 +101,6 @@ def error_body(error: TidegateError) -> dict[str, Any]:
 
 def retry_headers(error: TidegateError) -> Headers:
     """When an error that passes by itself is over.
-
-    Args:
-        error: the error.
 
     Returns:
         `Retry-After` in seconds, where the error says so; else none.
@@ -153,11 +144,7 @@ def limit_headers(decision: Decision) -> Headers:
 
 
 def raw_limit_headers(decision: Decision) -> list[tuple[bytes, bytes]]:
-    """What `limit_headers` gives, as bytes: for ASGI.
-
-    Args:
-        decision: the decision.
-    """
+    """What `limit_headers` gives, as bytes: for ASGI."""
     binding, limits = decision.binding, decision.limits
     if binding is None or limits is None:
         return []
@@ -192,9 +179,6 @@ _RAW: Final[dict[LimitSet, tuple[Limit, tuple[bytes, bytes], bytes, tuple[bytes,
 def limit_lines(decision: Decision) -> bytes:
     """What `limit_headers` gives, as lines of an HTTP/1.1 head. Costs 0.5 µs.
 
-    Args:
-        decision: the decision.
-
     Returns:
         The lines, each with its end.
     """
@@ -216,7 +200,6 @@ def authorize_answer(head: bytes, decision: Decision) -> bytes:
 
     Args:
         head: status line and Date header.
-        decision: the decision.
 
     Returns:
         The whole answer.
@@ -258,9 +241,6 @@ def overage_headers(decision: Decision) -> Headers:
 
 def check_lines(decision: Decision) -> bytes:
     """What follows the Date header in the answer of `/v1/check`.
-
-    Args:
-        decision: the decision.
 
     Returns:
         The other header lines, the empty one, and the body.

@@ -28,7 +28,6 @@ async def token_attributes(gate: Gate, policy: CallerPolicy, headers: RequestHea
     Args:
         gate: knows the issuer's keys.
         policy: the active one.
-        headers: of the request.
         client: address of who sent the token; failed tokens are bounded for each.
 
     Returns:
@@ -92,7 +91,6 @@ async def with_asgi_token(gate: Gate, check: Check, headers: Iterable[tuple[byte
     Args:
         gate: knows the policy and the issuer's keys.
         check: as the request has it otherwise.
-        headers: of the request.
 
     Raises:
         TidegateError: as `token_attributes`.

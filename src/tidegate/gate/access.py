@@ -101,7 +101,6 @@ class AccessControl:
 
         Args:
             ip: canonical address of the client; None where it is not known.
-            attributes: of the check, by name.
 
         Returns:
             Whether the check is exempt from all limits, if its caller is not denied.

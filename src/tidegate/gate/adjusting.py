@@ -24,7 +24,6 @@ async def adjust(store: CounterStore, plans: Sequence[tuple[CheckPlan | Tidegate
     """Adjust the counters of plans, each on its own, in order.
 
     Args:
-        store: the store.
         plans: pairs of the plan of a check, or its error, and `CHARGE` or `REFUND`; the check's cost is what is adjusted.
 
     Returns:

@@ -118,7 +118,6 @@ class CallerLookup:
 
         Args:
             tier: that the check names; None for none.
-            attributes: of the check.
 
         Raises:
             BadRequest: the tier that it names does not exist.

@@ -61,7 +61,6 @@ async def charge_independently(counters: CounterStore, plans: Sequence[CheckPlan
     """Decide plans each on its own, in order, with one call to the store.
 
     Args:
-        counters: the store.
         plans: any number of them; an error is its own outcome.
 
     Returns:
@@ -85,7 +84,6 @@ async def charge_all_or_none(counters: CounterStore, plans: Sequence[CheckPlan |
     """Charge plans all, or none of them where one is denied. Costs a second call to the store where several have to be counted.
 
     Args:
-        counters: the store.
         plans: any number of them; an error denies them all.
 
     Returns:

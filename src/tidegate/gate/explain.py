@@ -102,7 +102,6 @@ class Explanation(msgspec.Struct, frozen=True):
     """Why a request gets its answer.
 
     Args:
-        tier: of the caller.
         rule: the enforcing rule that answers; None where none matches.
         candidates: rules of the tier, those whose endpoint matches first; at most `MAX_CANDIDATES`.
         left_out: further rules of the tier, none of which matches.
@@ -124,9 +123,7 @@ async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanat
     """Explain the answer to a check of a caller. Charges nothing.
 
     Args:
-        store: the counters.
         caller: whose check it is.
-        check: the request.
 
     Returns:
         The explanation. While the store is unavailable, its counters have no numbers.

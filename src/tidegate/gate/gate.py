@@ -85,9 +85,6 @@ class Gate:
     async def check(self, check: Check) -> Decision:
         """Decide one check, and charge it if it passes.
 
-        Args:
-            check: the request.
-
         Returns:
             The decision.
 
@@ -111,7 +108,6 @@ class Gate:
         """As `check`, but decided before this returns where the caller is cached and the counters, or a lease, are in memory.
 
         Args:
-            check: the request.
             shadow_outcomes: receives the outcomes of shadow rules.
 
         Returns:
@@ -203,11 +199,7 @@ class Gate:
         return decided
 
     def may_need_slot(self, check: Check) -> bool:
-        """Whether the rule that answers a check may limit requests in progress: False only where that is certain.
-
-        Args:
-            check: the request.
-        """
+        """Whether the rule that answers a check may limit requests in progress: False only where that is certain."""
         caller = self._cached_caller_of(check)
         return caller is None or caller.tier.has_slots
 
@@ -216,9 +208,6 @@ class Gate:
 
         Callers that are not cached are looked up side by side, within `lookup_timeout_s` for all of them. While rules are
         matched, other requests get their turn at least every 2 ms (see `TimeSlice`).
-
-        Args:
-            checks: any number.
 
         Returns:
             For each check its decision, or the error that `check` would have raised.
@@ -362,7 +351,6 @@ class Gate:
         """A gate for a policy file, which is read once.
 
         Args:
-            path: of the file.
             counters: URL or a store.
             observe: callback run for every check.
 
@@ -416,9 +404,6 @@ class Gate:
 
     async def plan(self, check: Check) -> CheckPlan:
         """Find the limits that apply to a check; charges nothing.
-
-        Args:
-            check: the request.
 
         Returns:
             The plan, for `decide`.

@@ -93,7 +93,6 @@ class Holds:
     """Opens, settles and renews holds.
 
     Args:
-        counters: the store.
         plan: finds the limits of a check; charges nothing.
         report: called for each decided hold.
         report_error: called for each hold that was refused.
@@ -141,7 +140,6 @@ class Holds:
         """As `open`, if the rule that answers limits requests in progress, or failures.
 
         Args:
-            check: the request.
             ttl_s: as for `open`.
 
         Returns:
@@ -184,7 +182,6 @@ class Holds:
         """As `open`, for a check that names its own limits.
 
         Args:
-            check: the request.
             ttl_s: as for `open`.
             clamp: as for `open`.
 

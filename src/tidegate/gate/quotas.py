@@ -16,8 +16,6 @@ def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None
     """The counters of a check: the rule's limits and quotas, then the tier's limits and quotas.
 
     Args:
-        check: the check.
-        caller: whose it is.
         rule: that answers; None where none matches.
         ip: the client of the check's address; None if it is not known.
 

@@ -19,10 +19,8 @@ def shadow_counters(
     """What a shadow rule charges: what it would charge if it was enforced.
 
     Args:
-        rule: the rule.
         subject: whom its limits count.
         caller: whose the check is; the quotas of a rule by key count the customer.
-        attributes: of the check.
     """
     if rule.quotas is None or rule.subject is not Subject.API_KEY or not caller.customer_subject:
         return rule.counters(subject, caller.anchor, attributes)

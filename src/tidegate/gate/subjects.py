@@ -41,8 +41,6 @@ def attributes_subject(check: Check | DescriptorCheck, caller: Caller, rule: Com
     """Whom a rule by attributes counts for a check.
 
     Args:
-        check: the check.
-        caller: whose it is.
         rule: with the subject ATTRIBUTES.
         ip: the client of the check's address; None if it is not known.
 
@@ -83,9 +81,6 @@ def descriptor_subject(check: DescriptorCheck, caller: Caller, rule: DescriptorR
     """Whom a rule for descriptors counts.
 
     Args:
-        check: the check.
-        caller: whose it is.
-        rule: the rule.
         client: of the check's address; None if it is not known.
 
     Raises:

@@ -39,7 +39,6 @@ async def caller_usage(
     """What is left to a caller, in each window of each rule.
 
     Args:
-        store: the counters.
         caller: with or without an API key.
         client: the client's address in canonical text; None if it is not known.
         attributes: of the caller, by name.
@@ -130,7 +129,6 @@ async def peek_windows(store: CounterStore, checks: Sequence[Counters]) -> list[
     """The decision for a check of cost 0 of counters that are charged together, and that of each limit alone.
 
     Args:
-        store: the counters.
         checks: for each check its counters, at least one.
     """
     found: list[CounterUsage] = []
@@ -176,7 +174,6 @@ def own_limits(tier: CompiledTier, *, has_customer: bool = False) -> list[LimitS
     """The limits that count each caller of a tier separately: by its key, or by its address if it has none.
 
     Args:
-        tier: the tier.
         has_customer: whether the caller is a customer's, which rules by customer count in its place.
     """
     kinds = (Subject.API_KEY,) if has_customer else (Subject.API_KEY, Subject.CUSTOMER)

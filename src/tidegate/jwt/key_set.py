@@ -185,9 +185,6 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
 def parse_key_set(body: bytes) -> dict[str, list[PublicKey]]:
     """Read a JWKS. Keys that cannot verify (symmetric, for encryption, unknown types, short RSA) are left out.
 
-    Args:
-        body: JSON.
-
     Returns:
         Keys by `kid`; those without one under "".
 

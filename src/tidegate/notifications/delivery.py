@@ -48,7 +48,6 @@ def post(url: str, key: bytes, message_id: str, timestamp_s: int, body: bytes, t
         key: the secret.
         message_id: value of `webhook-id`, the same for every attempt.
         timestamp_s: of this attempt, s since the epoch.
-        body: JSON.
         timeout_s: of connecting, and of each read and write, s.
 
     Returns:

@@ -115,7 +115,6 @@ def window_of(limit: Limit, at_us: int) -> tuple[int, int]:
     """The window of a limit in which a threshold is reported once: the period of a quota, or the window aligned to the epoch.
 
     Args:
-        limit: the limit.
         at_us: a moment in it, µs since the epoch.
 
     Returns:

@@ -63,10 +63,8 @@ class Notifier:
     """Finds events and delivers them. For use in one event loop.
 
     Args:
-        database: of the catalog.
         read_targets: returns the tables `[[notify]]` of the active policy.
         watch: receives what finds crossings in the counter store, None to stop; called when targets change.
-        options: see there.
 
     Attributes:
         counts: notifications of this process by result: delivered, attempts to be retried, failed for good, and dropped because

@@ -28,7 +28,6 @@ async def add_rows(database: Database, rows: Sequence[Mapping[str, Any]], max_pe
     """Add rows to the queue; those that are there already stay as they are.
 
     Args:
-        database: of the catalog.
         rows: see `Event.rows`; at most `MAX_ROWS`.
         max_pending: most rows that wait for delivery.
 
@@ -55,7 +54,6 @@ async def claim(
     """Claim rows that are due, the ones that wait longest first.
 
     Args:
-        database: of the catalog.
         now_us: µs since the epoch.
         until_us: end of the claim.
         limit: most rows.
@@ -89,7 +87,6 @@ async def finish(database: Database, row: Mapping[str, Any], attempt: Attempt, a
     """Store the result of an attempt.
 
     Args:
-        database: of the catalog.
         row: as claimed; not changed if another process claimed it since.
         attempt: its result.
         at_us: when it ended.

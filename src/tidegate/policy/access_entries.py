@@ -23,7 +23,6 @@ class AccessEntry(msgspec.Struct, frozen=True, gc=False):
         action: what it does.
         networks: canonical texts, such as `203.0.113.0/24`.
         match: names of attributes and patterns that their values must match, sorted by name.
-        customer: name of a customer.
         api_key_id: id of an API key; holds for the keys that replaced it too.
     """
 

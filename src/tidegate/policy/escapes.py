@@ -88,7 +88,6 @@ class Encoder:
         """Encode the bytes that are not kept.
 
         Args:
-            raw: any text.
             odd: its bytes that are not kept, in any order.
 
         Returns:

@@ -33,9 +33,6 @@ _LOOKALIKES: Final = str.maketrans("ѕеіӏсꜱɩιϲ꞉∶ː", "seilcsiic:::"
 def label_fault(text: str) -> str | None:
     """What keeps a text from being a name.
 
-    Args:
-        text: any.
-
     Returns:
         The fault and its remedy; None for a name.
     """

@@ -444,7 +444,6 @@ def member_of(kind: type[_E], value: object, field: str) -> _E:
 
     Args:
         kind: the enumeration.
-        value: the name.
         field: for the message.
 
     Returns:

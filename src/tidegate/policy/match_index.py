@@ -21,7 +21,6 @@ def entries_hold(entries: Iterable[tuple[str, str]], attributes: Mapping[str, st
 
     Args:
         entries: names and patterns.
-        attributes: values by name.
     """
     return all((value := attributes.get(name)) is not None and Glob(pattern).matches(value) for name, pattern in entries)
 

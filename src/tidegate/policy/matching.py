@@ -74,7 +74,6 @@ class CompiledTier:
     """A tier compiled for matching.
 
     Args:
-        tier: the tier.
         overrides: other limits for one key; rules that they do not name keep their own. Of two for one rule the later one
             applies; whether it has ended is not checked here.
         base: the same tier without them, compiled: its index of overrides for subjects is used.
@@ -180,7 +179,6 @@ class CompiledTier:
         Args:
             method: upper-case HTTP method.
             path: canonical path.
-            attributes: values by name.
 
         Returns:
             The enforcing rule of the highest priority, then of the most specific pattern, then with the most entries in its
@@ -211,7 +209,6 @@ class CompiledTier:
         Args:
             method: upper-case HTTP method.
             path: canonical path.
-            attributes: values by name.
 
         Returns:
             The rules.
@@ -316,7 +313,6 @@ def subject_of(kind: Subject, caller: str, ip: str | None, tier: str, customer: 
         kind: whom the rule counts.
         caller: subject of the caller: `k:…` with a key, `i:…` without.
         ip: client address, already cut to what counts as one client, or None.
-        tier: name of the tier.
         customer: subject of the caller's customer: `c:…`; empty without one, where the caller itself is counted.
 
     Returns:
@@ -337,7 +333,6 @@ def attribute_subject(parts: Iterable[str], attributes: Mapping[str, str], calle
 
     Args:
         parts: names of attributes, `api_key` and `ip`; see `CompiledRule.parts`.
-        attributes: values by name.
         caller: subject of the caller: `k:…` with a key, empty without; then `ip` counts in place of `api_key`.
         ip: client address, already cut to what counts as one client, or None.
 

@@ -149,14 +149,10 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             endpoint: see the class; so are all others.
             limits: limits or their texts.
             methods: any case.
-            algorithm: its name.
             subject: api_key, ip, tier, customer, the name of an attribute, or a list of such names without tier and customer.
             priority: see the class.
-            mode: its name.
-            on_failure: its name.
             name: empty for the one made from methods, endpoint and match.
             match: patterns by attribute; None for none.
-            on_missing: its name.
             quotas: quotas or their texts.
             overage: an `Overage`, or what `Overage.parse` reads.
             leases: true or false.
@@ -348,7 +344,6 @@ class ApiKey(msgspec.Struct, frozen=True, gc=False):
 
     Args:
         sha256: lower-case hex digest of the key.
-        tier: name of its tier.
         status: active or revoked.
         name: a label for people.
         expires_at_us: µs since the epoch (UTC) from which the key is refused; None for never.
@@ -493,7 +488,6 @@ def require_digest(field: str, value: object) -> str:
 
     Args:
         field: sha256 or hmac_sha256.
-        value: of it.
 
     Returns:
         64 lower-case hex digits.

@@ -65,8 +65,6 @@ class Namespace(msgspec.Struct, frozen=True, gc=False):
         Args:
             name: see the class; so are all others.
             limits: limits or their texts.
-            algorithm: its name.
-            on_failure: its name.
             overrides: pairs of subject and limits.
 
         Raises:

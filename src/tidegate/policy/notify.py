@@ -127,7 +127,6 @@ class NotifyTarget(msgspec.Struct, frozen=True, gc=False):
 
         Args:
             limits: that the limit belongs to.
-            limit: one of them.
         """
         tier, rule = limits.tier, limits.rule
         if tier is None or limits.shadow or limits.algorithm is Algorithm.LEAKY_BUCKET:

@@ -219,7 +219,6 @@ class CompiledQuotas:
         quotas: 1 or more.
         overage: what happens above them.
         rule: name of the rule; None for those of a tier.
-        tier: name of the tier.
         on_failure: what is answered while the counter store is unavailable.
         counter: name of the rule's counter; that of the rule where empty.
         shadow: whether they are those of a rule that only watches.

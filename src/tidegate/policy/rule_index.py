@@ -29,7 +29,6 @@ class CompiledRule:
     """A rule ready to be matched and counted.
 
     Args:
-        rule: the rule.
         limits: its limits, ready to be counted.
         order: its place in the tier, the last tie-break.
         head_is_named: whether a rule of the same endpoint, match and mode names HEAD; see `counted_methods`.
@@ -71,12 +70,7 @@ class CompiledRule:
         self.rank = rule_rank(rule, order)
 
     def limits_of(self, subject: str, attributes: Mapping[str, str]) -> LimitSet:
-        """The limits of a subject, which an override may replace.
-
-        Args:
-            subject: whom it counts.
-            attributes: of the check.
-        """
+        """The limits of a subject, which an override may replace."""
         return self.limits if self.overrides is None else self.overrides.of(subject, attributes, self.limits)
 
     def counters(

@@ -164,7 +164,6 @@ def override_id(rule: str, subject: Mapping[str, str]) -> str:
     """The id of an override in its tier, in the admin API: 24 hex digits, the same whenever it is written again.
 
     Args:
-        rule: name of the rule.
         subject: values by attribute.
     """
     text = f"{rule}\0{entries_text(sorted(subject.items()))}"
@@ -175,7 +174,6 @@ class RuleOverrides:
     """The overrides of one rule, found by subject.
 
     Args:
-        rule: the rule.
         overrides: that fit it.
     """
 
@@ -197,7 +195,6 @@ class RuleOverrides:
 
         Args:
             counted: the subject that the rule counts, `a:…` or its digest.
-            attributes: of the check.
 
         Returns:
             The override of exactly this subject, else the one with the most attributes, then with the fewest `*`, then with the
@@ -259,7 +256,6 @@ class OverriddenLimits:
 
         Args:
             counted: the subject that the rule counts.
-            attributes: of the check.
             default: of subjects without an override.
         """
         found = self._overrides.find(counted, attributes)

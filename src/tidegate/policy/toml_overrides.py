@@ -84,8 +84,6 @@ def read_subject_overrides(
         reader: of the file.
         table: of the tier.
         at: its path.
-        tier: its name.
-        rules: by name.
 
     Raises:
         PolicyError: with file, line and reason.

@@ -60,7 +60,6 @@ def admin_address(
     """The address of the control plane.
 
     Args:
-        settings: all of them.
         http: host and port of the data plane.
         find: returns host and port for a setting's text and name.
 
@@ -82,7 +81,6 @@ def grpc_address(
     """The address of the gRPC listener.
 
     Args:
-        settings: all of them.
         http: host and port of the data plane.
         admin: host and port of the control plane; None where it is off.
         find: returns host and port for a setting's text and name.
@@ -115,7 +113,6 @@ def probes_address(
     """The address of the listener for probes and metrics.
 
     Args:
-        settings: all of them.
         others: host and port of the other listeners, by setting.
         find: returns host and port for a setting's text and name.
 

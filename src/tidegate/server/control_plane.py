@@ -27,7 +27,6 @@ def control_plane(
     """What the admin listener serves.
 
     Args:
-        settings: all of them.
         editor: changes the catalog.
         gate: of the data plane: usage, resets and explanations.
         paths: what paths may contain.

@@ -26,7 +26,6 @@ class GrpcDoor:
     """Opens the listener and follows `[envoy] config`.
 
     Args:
-        settings: all of them.
         service: answers the calls.
         metrics: count the configurations that were refused, and observe checks of rejected callers.
 

@@ -29,7 +29,6 @@ class Listener:
     """`HttpServer` at one address.
 
     Args:
-        app: the app.
         host: address to listen on, or `unix:/path`.
         port: 1 to 65535; 0 for a unix socket.
         header_timeout_s: how long a request's headers may take, s.

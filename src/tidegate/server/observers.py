@@ -22,7 +22,6 @@ class CheckRecorders:
     """The recorders that the settings enable, and the tasks that write what they recorded.
 
     Args:
-        settings: all of them.
         metrics: get what the writers count.
         database: where they write.
 

@@ -25,7 +25,6 @@ class PolicyFile:
     """Applies the file to the catalog.
 
     Args:
-        path: of the file.
         catalog: it is applied to.
         metrics: count what was applied and refused.
     """

@@ -20,7 +20,6 @@ async def serve(settings: Settings, ready: Callable[[Instance], None] | None = N
     """Run an instance until SIGTERM or SIGINT; a second signal skips the drain, SIGHUP reloads.
 
     Args:
-        settings: all of them.
         ready: called once it listens.
         demo: see `Instance`.
 
@@ -112,7 +111,6 @@ def run(settings: Settings, ready: Callable[[Instance], None] | None = None, *, 
     """`serve` on an event loop of its own.
 
     Args:
-        settings: all of them.
         ready: called once it listens.
         demo: see `Instance`.
 

@@ -49,7 +49,6 @@ def supervise(settings: Settings, arguments: Sequence[str], ready: Callable[[str
     """Run `[server] workers` workers until SIGTERM or SIGINT; a second signal skips their drain, SIGHUP reloads them.
 
     Args:
-        settings: all of them.
         arguments: of `tidegate` for a worker.
         ready: called once with the address, when all workers listen.
 

@@ -51,7 +51,6 @@ async def open_catalog(settings: Settings, channel: Channel | None = None) -> Sq
     """Open the catalog.
 
     Args:
-        settings: all of them.
         channel: where its changes are announced.
 
     Returns:
@@ -69,9 +68,6 @@ async def open_catalog(settings: Settings, channel: Channel | None = None) -> Sq
 @contextlib.asynccontextmanager
 async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
     """The catalog for a command that ends soon: what it changes is announced, and it reads from the primary alone.
-
-    Args:
-        settings: all of them.
 
     Yields:
         The catalog.
@@ -120,7 +116,6 @@ def open_channel(settings: Settings, store: RedisCounters | None) -> Channel | N
     """Where changes of the catalog are announced: Redis where there is one, else PostgreSQL.
 
     Args:
-        settings: all of them.
         store: the Redis of the counters; None where they are in memory.
 
     Returns:
@@ -143,7 +138,6 @@ async def share_catalog(settings: Settings, catalog: SqlCatalog, store: RedisCou
     """The cache that instances share, where there is a Redis for it, and a database that is worth it.
 
     Args:
-        settings: all of them.
         catalog: where policy lives.
         store: the Redis of the counters; None where they are in memory.
 
@@ -164,7 +158,6 @@ async def open_blocks(settings: Settings, catalog: SqlCatalog, cached: CachedCat
     """Read all blocks.
 
     Args:
-        settings: all of them.
         catalog: where the blocks are stored.
         cached: passes the changes of the catalog on to the blocks: `cached.blocks`, whose `run` keeps them up to date.
 
@@ -190,7 +183,6 @@ async def open_notifier(
     """Notifications of this process; see `Notifier.write` and `Notifier.deliver`.
 
     Args:
-        settings: all of them.
         catalog: where notifications wait for delivery.
         cached: has the active policy.
         counters: the store, whose charges are watched.
@@ -225,7 +217,6 @@ async def open_callers_auth(settings: Settings, catalog: SqlCatalog, cached: Cac
     """Who may call the data plane.
 
     Args:
-        settings: all of them.
         catalog: where the tokens are stored.
         cached: passes the changes of the catalog on to the tokens, if there are any: `cached.caller_tokens`, whose `run` keeps
             them up to date.

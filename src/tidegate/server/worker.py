@@ -173,7 +173,6 @@ def work(settings: Settings, slot: WorkerSlot, ready: Callable[[Instance], None]
     """Run a worker until SIGTERM, SIGINT, or the end of its supervisor.
 
     Args:
-        settings: all of them.
         slot: of this worker.
         ready: called once it listens.
 

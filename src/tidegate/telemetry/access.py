@@ -36,7 +36,6 @@ class AccessLog:
         """Write the line of one answered request.
 
         Args:
-            request: the request.
             door: path or gRPC method of Tidegate that received it.
             status: HTTP status, or the code of a gRPC answer.
             duration_ns: from arrival to answer, ns.

@@ -279,7 +279,6 @@ def collect_tls(metrics: Metrics, certificates: TlsCounts | None, refused: Calla
     """Register the metrics of TLS on the listeners.
 
     Args:
-        metrics: where to.
         certificates: None if TLS is disabled.
         refused: returns the connections that were refused, by reason.
     """

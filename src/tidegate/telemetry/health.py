@@ -41,7 +41,6 @@ class Report(msgspec.Struct, frozen=True):
 
     Args:
         status: the worst of the components.
-        components: by name.
         timestamp: ISO 8601, UTC.
     """
 

@@ -14,7 +14,6 @@ def collect_holds(metrics: Metrics, figures: HoldFigures, counters: CounterStore
     """Register the metrics of holds.
 
     Args:
-        metrics: where to.
         figures: of this instance.
         counters: the store; how many holds are open is known of counters in memory only.
     """

@@ -125,9 +125,7 @@ class Violations:
 
         Args:
             at_us: when, µs since the epoch.
-            tier: of the rule.
             rule: that blocked it; empty for the tier's own limits.
-            subject: whom it counted.
         """
         group = (at_us - at_us % _MINUTE_US, tier, rule)
         interval = self._interval

@@ -42,7 +42,6 @@ async def settle_key_hash(database: Database, key_hash: KeyHash) -> None:
     """Require that the keys of a catalog were hashed in this way; note the way in a catalog without keys of its own.
 
     Args:
-        database: of the catalog.
         key_hash: as the settings say.
 
     Raises:

@@ -116,7 +116,6 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
 
     Args:
         template: of its counters.
-        charge: the charge.
         tag: the hash tag of the first counter's subject.
 
     Returns:
@@ -168,7 +167,6 @@ def batch_command(work: Script, layout: Sequence[int], keys: Sequence[bytes], se
     """The command for several charges on one server; see `charge_many.lua`.
 
     Args:
-        work: the script.
         layout: for each charge how many counters it has, its cost, and which of `sets` are theirs, the first being 2.
         keys: of all counters, in order.
         sets: the limit sets in use.
@@ -184,9 +182,6 @@ def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequenc
     """The command that adds to a counter what was admitted elsewhere.
 
     Args:
-        work: the script.
-        limits: of the counter.
-        subject: whom it counts.
         states: one for each limit, None for nothing.
 
     Returns:
@@ -200,7 +195,6 @@ def give_back_command(work: Script, returned: LeaseReturn) -> bytes:
     """The command that gives up a lease; see `give_back.lua`.
 
     Args:
-        work: the script.
         returned: the lease; all its counters are on one server.
 
     Returns:

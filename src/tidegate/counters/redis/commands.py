@@ -102,7 +102,6 @@ class RedisCommands:
         """A new connection that listens on a channel; the caller closes it.
 
         Args:
-            channel: its name.
             on_push: called with each push of the server.
             on_change: called when the connection came up or went down.
 
@@ -134,9 +133,6 @@ class RedisCommands:
 
         Args:
             tag: of all its keys.
-            work: the script.
-            keys: its keys.
-            arguments: its arguments.
 
         Returns:
             The reply.

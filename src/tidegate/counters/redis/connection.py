@@ -37,7 +37,6 @@ class Connection(Pipeline):
 
     Args:
         locate: gives the server's address, before each attempt; may raise `StoreUnavailable`.
-        options: see there.
         must_be_master: fail on a server whose role is not master.
         in_cluster: whether the server must be a cluster node; else it must not be one.
         subscribe: a channel to subscribe to.

@@ -27,9 +27,6 @@ RunBy = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes], float], Await
 class CorruptCounters:
     """Resets them, and counts how many there were.
 
-    Args:
-        run: see there.
-
     Attributes:
         resets: counters that were reset.
     """

@@ -39,7 +39,6 @@ async def follow_redirection(
     """Follow an error reply, and those after it, until there is a reply or the deadline passes.
 
     Args:
-        topology: of the servers.
         slot: of the command's keys.
         command: as it was written.
         reply: an error reply, or one that the caller cannot decode.

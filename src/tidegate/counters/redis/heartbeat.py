@@ -40,7 +40,6 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
     """Send the heartbeat of an instance.
 
     Args:
-        store: where.
         instance: its unique name.
 
     Returns:
@@ -68,10 +67,6 @@ async def beat(store: RedisCounters, instance: str) -> Beat:
 async def leave(store: RedisCounters, instance: str) -> None:
     """Remove an instance that shuts down, so that the others need not wait for it to expire.
 
-    Args:
-        store: where.
-        instance: its name.
-
     Raises:
         StoreUnavailable: if the store does not answer.
     """
@@ -81,9 +76,6 @@ async def leave(store: RedisCounters, instance: str) -> None:
 
 async def announce_reset(store: RedisCounters) -> None:
     """Announce to all instances that a counter was reset; they receive it with their next heartbeat.
-
-    Args:
-        store: where.
 
     Raises:
         StoreUnavailable: if the store does not answer.

@@ -80,10 +80,6 @@ class RedisHolds:
         """See `HoldingCounterStore.open_hold`.
 
         Args:
-            counters: as there.
-            cost: as there.
-            ttl_us: as there.
-            rule: as there.
             sharded: whether subjects may lie on several servers.
         """
         if not sharded or len(counters) == 1:
@@ -174,8 +170,6 @@ class RedisHolds:
         """See `AdjustingCounterStore.adjust`; servers of a cluster are called one after the other.
 
         Args:
-            counters: as there.
-            units: as there.
             sharded: whether subjects may lie on several servers.
         """
         decided: list[Decision] = []

@@ -55,9 +55,6 @@ def slot_of(subject: str) -> int:
 def slot_of_tag(tag: bytes) -> int:
     """The slot of a hash tag.
 
-    Args:
-        tag: the tag.
-
     Returns:
         0 to 16383: CRC16 as the cluster specification has it.
     """
@@ -66,10 +63,6 @@ def slot_of_tag(tag: bytes) -> int:
 
 def key_of(limits: LimitSet, subject: str) -> bytes:
     """The key of a counter.
-
-    Args:
-        limits: of the counter.
-        subject: whom it counts.
 
     Returns:
         `tg:{tag}name`.

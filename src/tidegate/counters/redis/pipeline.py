@@ -65,11 +65,7 @@ class ConnectionOptions(msgspec.Struct, frozen=True):
 
 
 class Pipeline(asyncio.Protocol):
-    """The commands in flight on one connection; a subclass connects it.
-
-    Args:
-        options: see there.
-    """
+    """The commands in flight on one connection; a subclass connects it."""
 
     def __init__(self, options: ConnectionOptions) -> None:
         self.endpoint = Endpoint()

@@ -22,9 +22,6 @@ _MAX_TRIES: Final = 200_000
 def probe_tags(topology: Topology) -> dict[str, bytes]:
     """A hash tag for each server, of a slot that it counts. No subject has such a tag.
 
-    Args:
-        topology: of the servers.
-
     Returns:
         By address; without those that count nothing.
     """

@@ -99,7 +99,6 @@ def parameters(limits: LimitSet, now_us: int = 0, *, charging: bool = False) -> 
     """The parameters of a counter for a script: `[algorithm, window, amount, …]` in MessagePack.
 
     Args:
-        limits: of the counter.
         now_us: µs since the epoch, around which the periods of quotas are sent; 0 for this machine's clock.
         charging: whether the script decides checks: only then soft limits differ from others.
 
@@ -126,7 +125,6 @@ def wire_states(limits: LimitSet, states: Iterable[State]) -> bytes:
     """States as `absorb` takes them.
 
     Args:
-        limits: of the counter.
         states: one for each limit, None for nothing.
 
     Returns:
@@ -138,9 +136,6 @@ def wire_states(limits: LimitSet, states: Iterable[State]) -> bytes:
 def layout(limits: LimitSet) -> str:
     """What keeps counters of one name apart in Redis: the shape of their states.
 
-    Args:
-        limits: of the counter.
-
     Returns:
         The algorithm's name in Lua. Windows have names of their own inside a counter.
     """
@@ -151,7 +146,6 @@ def boundaries_end_us(limits: LimitSet, now_us: int) -> int | None:
     """Until when parameters with the boundaries around a moment are best: the end of the first of its periods.
 
     Args:
-        limits: of the counter.
         now_us: µs since the epoch.
 
     Returns:

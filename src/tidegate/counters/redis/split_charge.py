@@ -26,7 +26,6 @@ async def charge_split(charge: Charge, charge_one: ChargeOne, give_back: GiveBac
     """Charge all counters or none.
 
     Args:
-        charge: the charge.
         charge_one: charges one counter; its answers may be late, and are waited for.
         give_back: adds states to counters.
 

@@ -101,7 +101,6 @@ class RedisCounters(RedisReservations):
         A shard that fails fails only its own charges.
 
         Args:
-            charges: any number of them.
             started_ns: monotonic ns from which the deadline counts; from now where 0.
         """
         if not self._ready():
@@ -122,7 +121,6 @@ class RedisCounters(RedisReservations):
         """Decide one charge: the hot path.
 
         Args:
-            charge: the charge.
             started_ns: monotonic ns from which the deadline counts; from now where 0.
 
         Returns:

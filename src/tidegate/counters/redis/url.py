@@ -78,7 +78,6 @@ class RedisUrl(msgspec.Struct, frozen=True):
         topology: how the servers belong together.
         endpoints: one or more: the server, the sentinels, or nodes of the cluster.
         credentials: for the servers that count.
-        sentinel_credentials: for the sentinels.
         db: number of the database, 0 or more; always 0 in a cluster.
         master: the name that sentinels know the master by.
         tls: whether to speak TLS.

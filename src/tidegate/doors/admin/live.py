@@ -62,11 +62,7 @@ StreamPaths = Annotated[
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What GET answers for a path.
-
-    Args:
-        body: JSON.
-    """
+    """What GET answers for a path."""
 
     status: int
     body: bytes

@@ -56,7 +56,6 @@ class RateLimitFile(msgspec.Struct, frozen=True):
     """The content of one file.
 
     Args:
-        domain: its domain.
         root: its descriptors.
         limits: number of its `rate_limit` blocks.
         notes: one sentence for each field that was ignored.

@@ -106,7 +106,6 @@ def reply_to_one(decision: Decision, cost: int, shadow_outcomes: Sequence[Charge
     """Render the answer to one descriptor that the policy decided.
 
     Args:
-        decision: the decision.
         cost: units; 0 peeks.
         shadow_outcomes: outcomes of shadow rules.
 

@@ -27,7 +27,6 @@ class FileRequest(msgspec.Struct, frozen=True):
     """A request for a domain of `[envoy] config`.
 
     Args:
-        domain: its domain.
         parts: its descriptors with the limits of the file.
         entries: the entries of each descriptor.
     """

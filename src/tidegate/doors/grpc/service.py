@@ -66,7 +66,6 @@ class RateLimitService:
     """Answers `ShouldRateLimit`.
 
     Args:
-        gate: the gate.
         settings: how descriptors are read.
         observe: called for each request refused before the gate.
         paths: accepted path encodings.

@@ -19,12 +19,7 @@ _REMEMBERED_LENGTH: Final = 256
 class PolicyCallers:
     """The callers of a policy. Overrides that end apply to requests before their end.
 
-    Args:
-        policy: the policy.
-
     Attributes:
-        tiers: by name.
-        customers: by name.
         customer_attributes: names of attributes whose values may belong to a customer, in the order in which they decide.
         labels: names of API keys by subject, of those that were found.
     """

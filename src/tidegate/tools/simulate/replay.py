@@ -44,7 +44,6 @@ class _Charged(msgspec.Struct, frozen=True, gc=False):
         counted: whom the rule counts.
         own: whom the tier's limits count.
         owner: whom quotas count: the customer, else the caller.
-        attributes: of the request.
     """
 
     caller: Caller
@@ -58,7 +57,6 @@ class Replay:
     """Decides requests that come in time order.
 
     Args:
-        policy: the policy.
         tier: tier of requests without an API key of the policy; None for the anonymous tier or the only one.
         by_ip: whether the caller of such a request is its IP address; otherwise the request's subject.
         max_subjects: maximum number of counters.
@@ -172,7 +170,6 @@ class Replay:
         Args:
             api_key: as logged.
             named: id of the key, name of the customer and tier, as Tidegate named them to the gateway.
-            attributes: of the request.
         """
         caller = self._found.of_key(api_key) if api_key else None
         if api_key and caller is None:

@@ -29,7 +29,6 @@ class RuleTally:
     """Requests that one rule decided.
 
     Args:
-        tier: name of its tier.
         rule: its name, `(tier)` or `(no rule)`.
         endpoint: its pattern; empty without a rule.
         mode: enforce, shadow or none.
