@@ -67,6 +67,7 @@ class UsageCounts:
         self._from_us = 0
         self._to_us = 0
         self._minute = Minute(max_entries)
+        self._entries = self._minute.table.entries
         self._token = self._minute.token
 
     def __len__(self) -> int:
@@ -84,16 +85,17 @@ class UsageCounts:
         at_us = decision.at_us or now_us()  # a check without limits has no time of the store
         if not self._from_us <= at_us < self._to_us:
             self._select(at_us)
-        memo = observation.memo
-        if (
-            memo is not None
-            and memo.usage_token is self._token
-            and memo.usage_answer is (decision.limits or decision.unlimited_tier)
-            and memo.usage_subject is observation.subject
-        ):
+        answer, subject, memo = decision.limits or decision.unlimited_tier, observation.subject, observation.memo
+        if memo is not None and memo.usage_subject is subject and memo.usage_answer is answer and memo.usage_token is self._token:
             entry = memo.usage_entry
         else:
-            entry = self._entry(observation, decision.limits or decision.unlimited_tier)
+            key = (answer, subject, observation.key_id, observation.customer)
+            entry = self._entries.get(key) or self._add_entry(key)
+            if memo is not None:
+                memo.usage_subject = subject
+                memo.usage_answer = answer
+                memo.usage_token = self._token
+                memo.usage_entry = entry
         if decision.allowed:
             entry[0] += cost
             if decision.overage:
@@ -125,20 +127,9 @@ class UsageCounts:
             else:
                 minute = self._minutes[minute_us] = Minute(self.max_entries)
         self._minute = minute
+        self._entries = minute.table.entries
         self._token = minute.token
         self._from_us, self._to_us = minute_us, minute_us + MINUTE_US
-
-    def _entry(self, observation: Observation, answer: Answer) -> list[int]:
-        """The entry of a check in the current minute."""
-        subject = observation.subject
-        key = (answer, subject, observation.key_id, observation.customer)
-        entry = self._minute.table.entries.get(key)
-        if entry is None:
-            entry = self._add_entry(key)
-        memo = observation.memo
-        if memo is not None:
-            memo.usage_token, memo.usage_answer, memo.usage_subject, memo.usage_entry = self._token, answer, subject, entry
-        return entry
 
     def _add_entry(self, key: EntryKey) -> list[int]:
         entry, replaced = self._minute.table.add_key(key)
