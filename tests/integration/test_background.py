@@ -85,9 +85,22 @@ def supervised() -> dict[str, list[asyncio.Task[Any]]]:
 
 
 async def kill(task: asyncio.Task[Any]) -> None:
-    """Let what a task waits for fail, which ends its work with an exception that nothing in it expects."""
-    await until(lambda: getattr(task, "_fut_waiter", None) is not None)
-    task._fut_waiter.cancel()  # type: ignore[attr-defined]
+    """Let what a task waits for fail, which ends its work with an exception that nothing in it expects.
+
+    Again where that had no effect: what it waits for may have come just then, or a library may have caught the exception.
+    """
+    name = task.get_name()
+    failures = SUPERVISOR.failures[name]
+    async with asyncio.timeout(PATIENCE_S):
+        while SUPERVISOR.failures[name] == failures:
+            waiter = getattr(task, "_fut_waiter", None)
+            if waiter is None or not waiter.cancel():
+                await asyncio.sleep(0.01)
+                continue
+            for _ in range(100):
+                await asyncio.sleep(0.01)
+                if SUPERVISOR.failures[name] != failures:
+                    break
 
 
 async def killed_once(instance: Instance, expected: set[str]) -> None:

@@ -31,6 +31,8 @@ def console(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer, postgr
         TIDEGATE_ADMIN__TOKEN=TOKEN,
         TIDEGATE_CATALOG__URL=postgres.url(),
         TIDEGATE_COUNTERS__URL=redis.url,
+        # So that a slow Redis is not taken for one that is unavailable.
+        TIDEGATE_COUNTERS__TIMEOUT_MS="5000",
         TIDEGATE_BREAKER__OPEN_S="1",
         TIDEGATE_VIOLATIONS__FLUSH_S="0.2",
         TIDEGATE_LEDGER__FLUSH_S="0.2",

@@ -19,7 +19,7 @@ from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.tables import audit_log, catalog_changes
 from tidegate.errors import PolicyError
 
-WRITERS = 50
+WRITERS = 20
 ROUNDS = 2
 
 
