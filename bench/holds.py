@@ -27,7 +27,7 @@ import uvloop
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_calls import IN_FLIGHT, limiter
 from bench.redis_peers import SUBJECTS
-from bench.redis_server import BenchRedis, info, redis_server
+from bench.redis_server import BenchRedis, info, redis_cpu_us, redis_server
 from tidegate import Limiter
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.holds import HoldHandle
@@ -104,20 +104,15 @@ def on_redis(server: BenchRedis, algorithm: str, calls: int) -> tuple[Cost, Cost
         for work in (own.check, holds):
             server.client.flushdb()
             await _cpu_us(work, 20 * IN_FLIGHT)
-            before_us = _redis_cpu_us(server)
+            before_us = redis_cpu_us(server)
             client.append(await _cpu_us(work, calls))
-            redis.append((_redis_cpu_us(server) - before_us) / calls)
+            redis.append((redis_cpu_us(server) - before_us) / calls)
         if not isinstance(own.counters, GuardedCounters) or own.counters.degraded:
             raise RuntimeError("holds or checks were decided without Redis: the figure would be of another path")
         await own.close()
         return Cost(*client), Cost(*redis)
 
     return uvloop.run(measure())
-
-
-def _redis_cpu_us(server: BenchRedis) -> float:
-    used = info(server, "cpu")
-    return (float(used["used_cpu_user"]) + float(used["used_cpu_sys"])) * 1e6
 
 
 def redis_bytes(server: BenchRedis, subjects: int, each: int, algorithm: Algorithm = Algorithm.SLIDING_WINDOW) -> float:

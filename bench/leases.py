@@ -27,7 +27,7 @@ import uvloop
 
 from bench.http import interleaved, need_wrk, ours, ratio
 from bench.measure import Goal, asked_for_smoke, report
-from bench.redis_server import BenchRedis, info, redis_server
+from bench.redis_server import BenchRedis, redis_cpu_us, redis_server
 from tidegate.counters import Charge
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.guarded import GuardedCounters
@@ -74,7 +74,7 @@ async def zipf(server: BenchRedis, seconds: float, *, leases: bool, affinity: bo
     checks = 0
     await asyncio.gather(*(store.charge([Charge(((limits, f"warm{place}"),), 1)]) for place, store in enumerate(stores)))
     calls = _calls(stores)
-    cpu, started = _redis_cpu_us(server), time.perf_counter()
+    cpu, started = redis_cpu_us(server), time.perf_counter()
 
     async def take_turns(turn: int) -> None:
         nonlocal checks
@@ -90,7 +90,7 @@ async def zipf(server: BenchRedis, seconds: float, *, leases: bool, affinity: bo
 
     await asyncio.gather(*(take_turns(turn) for turn in range(IN_FLIGHT)))
     took = time.perf_counter() - started
-    redis_us = (_redis_cpu_us(server) - cpu) / checks
+    redis_us = (redis_cpu_us(server) - cpu) / checks
     calls = _calls(stores) - calls
     leased = sum(store.table.decisions for store in stores if isinstance(store, LeasedCounters))
     await asyncio.gather(*(store.close() for store in stores))
@@ -117,7 +117,7 @@ async def hot(server: BenchRedis, calls: int) -> tuple[float, float, float]:
             for _ in range(500):
                 await store.charge([Charge(counters)])
         await asyncio.sleep(0.005)
-    redis_before = _redis_cpu_us(server)
+    redis_before = redis_cpu_us(server)
     own: list[float] = []
     beside: list[float] = []
     decided = 0
@@ -136,7 +136,7 @@ async def hot(server: BenchRedis, calls: int) -> tuple[float, float, float]:
             beside.append((time.process_time() - cpu) / 250 * 1e6)
         await asyncio.sleep(0)
     gc.enable()
-    redis_us = (_redis_cpu_us(server) - redis_before) / decided
+    redis_us = (redis_cpu_us(server) - redis_before) / decided
     await asyncio.gather(*(store.close() for store in stores))
     return statistics.mean(own), statistics.mean(beside), redis_us
 
@@ -213,11 +213,6 @@ def memory_of_key(server: BenchRedis, algorithm: Algorithm) -> int:
         sizes.append(int(run("MEMORY", "USAGE", f"tg:{{=memory}}{work:8.8}")))
         run("DEL", f"tg:{{=memory}}{work:8.8}")
     return sizes[1] - sizes[0]
-
-
-def _redis_cpu_us(server: BenchRedis) -> float:
-    found = info(server, "cpu")
-    return (float(found["used_cpu_user"]) + float(found["used_cpu_sys"])) * 1e6
 
 
 def _run(work: Awaitable[Any]) -> Any:

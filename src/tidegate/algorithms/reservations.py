@@ -60,7 +60,7 @@ def followed(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, at: 
         at: moment of the reservation.
 
     Returns:
-        False if nobody was; True also for a sliding window, which does not tell.
+        False if there are none; True also for a sliding window, whose state does not show it.
     """
     if state is None:
         return False
@@ -82,7 +82,7 @@ def released(
         now: µs since the epoch.
         at: moment of the reservation.
         cost: units reserved.
-        last: whether nobody follows by any of the limits that were reserved together.
+        last: whether no later reservation exists under any of the limits that were reserved together.
 
     Returns:
         The new state, and how many units are available again.
