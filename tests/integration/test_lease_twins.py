@@ -134,7 +134,7 @@ def test_memory_while_leased(any_redis: RedisServer) -> None:
         # One unit is leased: a larger count takes more bytes of its own.
         for work, extra in (("charge", ()), ("lease", (msgspec.msgpack.encode((1, 2, 5_000_000)),))):
             usages = []
-            # Of two equal values Valkey stores one of about thirty beside its key, not within: the smallest of several is compared.
+            # Of thirty equal values Valkey stores about one beside its key, not within: the smallest of several counts.
             for _ in range(5):
                 key = f"lease:{next(KEYS):06}"
                 for _ in range(3):
