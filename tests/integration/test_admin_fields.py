@@ -7,6 +7,7 @@ PostgreSQL enforces lengths, and refuses NUL, lone surrogates and numbers out of
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import re
@@ -30,6 +31,12 @@ NUMBERS = (2**31, 2**63, 2**64, -(2**63) - 1)
 PREFIX = "/admin/v1"
 
 Place = tuple[Any, ...]
+
+
+@functools.cache
+def _quoted(value: str) -> str:
+    """A text as it stands in an address. The long ones take milliseconds, and go to every parameter."""
+    return quote(value.encode(errors="surrogatepass"), safe="")
 
 
 class Request(NamedTuple):
@@ -99,14 +106,12 @@ class RequestSender:
     async def _sent(self, request: Request) -> Answer:
         raw = request.path
         for name, value in request.named.items():
-            raw = raw.replace(f"{{{name}}}", quote(value.encode(errors="surrogatepass"), safe=""))
+            raw = raw.replace(f"{{{name}}}", _quoted(value))
         if isinstance(request.body, bytes):
             content, kind = request.body, b"application/toml"
         else:
             content, kind = b"" if request.body is None else json.dumps(request.body).encode(), b"application/json"
-        query = "&".join(
-            f"{quote(name)}={quote(value.encode(errors='surrogatepass'), safe='')}" for name, value in request.query.items()
-        )
+        query = "&".join(f"{quote(name)}={_quoted(value)}" for name, value in request.query.items())
         headers = {"authorization": f"Bearer {TOKEN}", **request.headers}
         scope = {
             "type": "http",
