@@ -394,6 +394,8 @@ class Gate:
             observed = observation_of(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
             if denials:
                 force_setattr(observed, "shadow_denials", denials)
+            if plan.held:
+                force_setattr(observed, "held", True)
             self._observe(observed)
         return decision
 
