@@ -64,6 +64,7 @@ class LeasedCounters:
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
+        store.lease_usage, store.take_lease_usage = self.table.usage, self.table.take_usage
         store.denial_ttl_us = round(ttl_s * 1e6)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -94,12 +95,15 @@ class LeasedCounters:
             return (decision,)
         self._start()
         if not covers(charge) or not self.store.grants(charge.counters):
-            return [self._with_unused(charge, outcome) for outcome in await self.store.charge(charges)]
+            outcomes = await self.store.charge(charges)
+            self._confirm(charge, outcomes[0])
+            return [self._with_unused(charge, outcomes[0])]
         sent_ns = time.monotonic_ns()
         request = self.table.request(charge.counters, charge.cost, sent_ns)
         if request is None:
             outcomes = await self.store.charge(charges)
             self.table.answered(charge.counters)
+            self._confirm(charge, outcomes[0])
             return outcomes
         charge = Charge(charge.counters, charge.cost, request)
         outcomes = await self.store.charge((charge,))
@@ -200,9 +204,15 @@ class LeasedCounters:
             for place, outcome in zip(undecided, decided, strict=True):
                 charge = charges[place]
                 outcomes[place] = self._with_unused(charge, outcome)
+                self._confirm(charge, outcome)
                 if covers(charge):
                     self.table.answered(charge.counters)
         return [outcome for outcome in outcomes if outcome is not None]
+
+    def _confirm(self, charge: Charge, outcome: ChargeOutcome) -> None:
+        # A denial may be one that is remembered, an answer of before the store was lost.
+        if isinstance(outcome, Decision) and outcome.allowed and not outcome.degraded:
+            self.table.confirm(charge.counters)
 
     def _with_unused(self, charge: Charge, outcome: ChargeOutcome) -> ChargeOutcome:
         """The answer to a peek: what this instance has leased is still left to its callers."""
