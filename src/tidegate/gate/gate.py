@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from msgspec.structs import force_setattr
+from msgspec.structs import force_setattr, replace
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
@@ -18,7 +18,7 @@ from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import Check, Decision, Observation, Usage, client_of, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.access import AccessControl
-from tidegate.gate.adjusting import adjust
+from tidegate.gate.adjusting import OUTCOME, adjust
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.customers import customer_counters
@@ -244,7 +244,8 @@ class Gate:
         started_ns = _clock_ns()
         settled = await adjust(self.counters, plans)
         charged = [number for number, (_, sign) in enumerate(plans) if sign > 0]
-        self._tell_all([plans[number][0] for number in charged], [settled[number] for number in charged], started_ns)
+        told = [_one_unit(*plans[number]) for number in charged]
+        self._tell_all(told, [settled[number] for number in charged], started_ns)
         return settled
 
     async def usage(
@@ -488,6 +489,11 @@ class Gate:
             except TidegateError as error:
                 plans.append(error)
         return plans
+
+
+def _one_unit(plan: CheckPlan | TidegateError, sign: int) -> CheckPlan | TidegateError:
+    """A plan as telemetry counts it: an outcome is one unit, whatever its status."""
+    return replace(plan, cost=1) if sign == OUTCOME and isinstance(plan, CheckPlan) else plan
 
 
 def _counted_ip(check: Check) -> str | None:
