@@ -213,7 +213,7 @@ class DataPlane:
 
     async def _answer_later(self, request: PlainRequest, check: Check | None, decision: Awaitable[Decision]) -> None:
         self.in_flight += 1
-        known = Request(request.headers, False, request.connection.client, self._trusts_client)
+        known = Request(request, False, request.connection.client, self._trusts_client)
         known.check = check
         CURRENT.set(known)
         try:

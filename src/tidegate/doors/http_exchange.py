@@ -139,6 +139,10 @@ class PlainRequest(msgspec.Struct, eq=False, gc=False):
         """The headers as other requests have them."""
         return RequestHeaders(self.values, {})
 
+    def get(self, key: str) -> Any:
+        """The value of a header; None where it did not come. Read only when needed."""
+        return self.headers.get(key)
+
     def open(self) -> Exchange:
         """The same request as an exchange, in its place on the connection."""
         exchange = self.exchange
