@@ -27,6 +27,7 @@ from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision,
 from tidegate.counters.adjustments import adjusting
 from tidegate.counters.holds import HoldHandle, HoldSettlement, holding
 from tidegate.counters.lease_table import LeaseTable, covers
+from tidegate.counters.reservations import Reservation, ReservationHandle, naming_reservations, not_found
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
@@ -125,6 +126,20 @@ class LeasedCounters:
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         await holding(self.store).renew_hold(handle, ttl_us)
+
+    async def reserve_named(
+        self, counters: Counters, cost: int, ahead_us: int
+    ) -> tuple[Reservation, ReservationHandle | None] | None:
+        """See `NamedReservingStore.reserve_named`: from the store, never from a lease."""
+        store = naming_reservations(self.store)
+        return None if store is None else await store.reserve_named(counters, cost, ahead_us)
+
+    async def release_named(self, handle: ReservationHandle) -> bool:
+        """See `NamedReservingStore.release_named`."""
+        store = naming_reservations(self.store)
+        if store is None:
+            raise not_found()
+        return await store.release_named(handle)
 
     async def adjust(self, counters: Counters, units: int) -> Decision:
         """See `AdjustingCounterStore.adjust`; leases stay as they are."""
