@@ -1,8 +1,9 @@
 """`python -m tests.servers.fork_server FD`: a process that has Tidegate's code loaded and forks a copy for each command.
 
-Loading the code takes most of the CPU time of a short command, and the tests run hundreds. `tests.servers.forked` sends requests
-over the socket FD: JSON with its length before it, and file descriptors for standard input, output and error and for a pipe that
-gets the process id at once and the exit status at the end, 4 bytes each.
+Loading the code takes most of the CPU time of a short command, and the tests run hundreds. FD is a socket that listens: all
+processes that run tests share one server, which ends when the last of them has closed its connection. A connection gets one byte
+when it is accepted. Then `tests.servers.forked` sends requests over it: JSON with its length before it, and file descriptors for
+standard input, output and error and for a pipe that gets the process id at once and the exit status at the end, 4 bytes each.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ FILES = 4
 _MAX_FD = 1024
 
 
-def _load() -> None:
-    """Import what commands need, so that copies share it."""
+def _load() -> list[str]:
+    """Import what commands need, so that copies share it.
+
+    Returns:
+        The statements that make a new SQLite database.
+    """
     import aiosqlite  # noqa: F401
     import pygrpc_native  # noqa: F401
 
@@ -39,6 +44,7 @@ def _load() -> None:
     import tidegate.server.run
     import tidegate.server.supervisor
     import tidegate.server.worker
+    from tests.servers.forked_schema import record_schema
     from tidegate.catalog.sql.schema import head_revision
     from tidegate.doors.admin.app import AdminDeps, admin_app
 
@@ -48,44 +54,67 @@ def _load() -> None:
     head_revision()
     nothing = Mock()
     admin_app(AdminDeps(nothing, nothing))
+    schema = record_schema()
     if len([*Path("/proc/self/task").iterdir()]) > 1:
         raise RuntimeError("loading started threads, which a fork would lose")
     gc.collect()
     gc.freeze()
+    return schema
 
 
-def serve(control: socket.socket) -> list[str] | None:
-    """Fork a process for each request until the other side closes the socket.
+def serve(listener: socket.socket) -> list[str] | None:
+    """Fork a process for each request until all connections are closed.
 
     Returns:
         In the copy, the arguments of its command; None in the server itself at the end.
     """
     pipes: dict[int, tuple[int, int]] = {}  # pidfd → process id, pipe
+    connections: dict[int, socket.socket] = {}
     poll = select.poll()
-    poll.register(control, select.POLLIN)
+    poll.register(listener, select.POLLIN)
     while True:
         for ready, _ in poll.poll():
-            if ready != control.fileno():
+            if ready == listener.fileno():
+                connection, _ = listener.accept()
+                connection.sendall(b"+")
+                connections[connection.fileno()] = connection
+                poll.register(connection, select.POLLIN)
+            elif ready in pipes:
                 pid, pipe = pipes.pop(ready)
                 poll.unregister(ready)
                 os.close(ready)
                 _, status = os.waitpid(pid, 0)
                 _say(pipe, os.waitstatus_to_exitcode(status))
                 os.close(pipe)
-                continue
-            head, files, _, _ = socket.recv_fds(control, 4, FILES)
-            if not head:
-                return None
-            request = json.loads(_exactly(control, struct.unpack("!I", head)[0]))
-            pid = os.fork()
-            if not pid:
-                return _become(request, files)
-            for file in files[:3]:
-                os.close(file)
-            _say(files[3], pid)
-            waiting = os.pidfd_open(pid)
-            pipes[waiting] = pid, files[3]
-            poll.register(waiting, select.POLLIN)
+            else:
+                head, files = _next(connections[ready])
+                if not head:
+                    poll.unregister(ready)
+                    connections.pop(ready).close()
+                    if not connections:
+                        return None
+                    continue
+                request = json.loads(_exactly(connections[ready], struct.unpack("!I", head)[0]))
+                pid = os.fork()
+                if not pid:
+                    for each in (listener, *connections.values()):
+                        each.detach()
+                    return _become(request, files)
+                for file in files[:3]:
+                    os.close(file)
+                _say(files[3], pid)
+                waiting = os.pidfd_open(pid)
+                pipes[waiting] = pid, files[3]
+                poll.register(waiting, select.POLLIN)
+
+
+def _next(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """The beginning of a request, with its files; nothing where the other side has ended."""
+    try:
+        head, files, _, _ = socket.recv_fds(connection, 4, FILES)
+    except ConnectionError:  # it was killed
+        return b"", []
+    return head, files
 
 
 def _become(request: dict[str, Any], files: list[int]) -> list[str]:
@@ -124,19 +153,20 @@ def main() -> None:
     # Ctrl-C is for the tests, which end their servers themselves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    _load()
-    control = socket.socket(fileno=int(sys.argv[1]))
-    arguments = serve(control)
+    schema = _load()
+    arguments = serve(socket.socket(fileno=int(sys.argv[1])))
     if arguments is None:
         return
-    control.detach()
     sys.argv[:] = ["tidegate", *arguments]
     sys.orig_argv[:] = [sys.executable, "-m", "tidegate", *arguments]
-    from tests.servers.forked_workers import fork_workers
+    from tests.servers.forked_schema import copy_schema
+    from tests.servers.forked_workers import fork_workers, run_and_end
     from tidegate.__main__ import main as tidegate
 
     fork_workers(tidegate)
-    tidegate()
+    if arguments[:1] != ["db"]:
+        copy_schema(schema)
+    run_and_end(tidegate)
 
 
 if __name__ == "__main__":

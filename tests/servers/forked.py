@@ -8,6 +8,7 @@ started.
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import select
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,31 +29,66 @@ _AT_THE_START = ("PYTHON", "LD_")
 REALLY_STARTED = {"PYTHONNODEBUGRANGES": "1"}
 """An environment that makes no difference except that the process, and what it starts, is not forked."""
 _lock = threading.Lock()
-_servers: dict[int, socket.socket] = {}
+_connections: dict[int, socket.socket] = {}
+_ADDRESS = f"\0tidegate-fork-server-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
+"""Of the server that all processes of a run share; it is in no directory, and free again when the server has ended."""
+_PAUSE_S = 0.01
 
 
 def _control() -> socket.socket:
-    """The socket of this process's fork server, which is started at first."""
-    found = _servers.get(os.getpid())
-    if found is None:
-        found, other = socket.socketpair()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.servers.fork_server", str(other.fileno())],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[other.fileno()],
-        )
-        other.close()
-        _servers[os.getpid()] = found
-        atexit.register(_end, os.getpid(), found, process)
+    """The connection of this process to the fork server, which the first that needs it starts for all that run these tests."""
+    found = _connections.get(os.getpid())
+    while found is None:
+        found = _connected(_ADDRESS)
+        if found is None:
+            _start_server(_ADDRESS)
+    _connections[os.getpid()] = found
     return found
 
 
-def _end(pid: int, control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+def _connected(address: str) -> socket.socket | None:
+    """A connection that the server has accepted; None if there is no server, or it has just ended."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(address)
+        if connection.recv(1):
+            atexit.register(_close, os.getpid(), connection)
+            return connection
+    except ConnectionError:
+        pass
+    connection.close()
+    return None
+
+
+def _start_server(address: str) -> None:
+    """Start the server, unless another process has just done it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            time.sleep(_PAUSE_S)  # it is about to listen
+            return
+        listener.listen()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.servers.fork_server", str(listener.fileno())],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if not name.startswith("TIDEGATE_")},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+        )
+    # Registered before the connection is made: it is called after that is closed.
+    atexit.register(_wait, os.getpid(), process)
+
+
+def _close(pid: int, connection: socket.socket) -> None:
     if os.getpid() == pid:
-        control.close()
+        connection.close()
+
+
+def _wait(pid: int, process: subprocess.Popen[bytes]) -> None:
+    if os.getpid() == pid:
         process.wait()
 
 

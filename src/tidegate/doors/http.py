@@ -37,6 +37,7 @@ from tidegate.doors.http_requests import (
     read_check,
     read_usage_query,
 )
+from tidegate.doors.http_reserve import ReserveRequests, is_reserve
 from tidegate.doors.http_responses import JSON, Prepared, Response, StatusRecorder, authorize_response, error_response
 from tidegate.doors.key_sources import KeySources, bearer_key
 from tidegate.doors.plain_requests import plain_authorize, plain_check
@@ -105,6 +106,7 @@ class DataPlane:
         self._gate = gate
         self._limits = LimitRequests(gate.request_limits, body_timeout_s)
         self._holds = HoldRequests(gate, body_timeout_s, paths)
+        self._reservations = ReserveRequests(gate, body_timeout_s, paths)
         self._pages = pages
         self._observe = observe
         self._trusted = trusted or TrustedProxies()
@@ -145,6 +147,8 @@ class DataPlane:
                 await self._limit(scope, proto)
             elif is_holds(path):
                 await self._hold(scope, proto)
+            elif is_reserve(path):
+                await self._reserve(scope, proto)
             elif path == "/v1/usage":
                 await self._usage(scope, proto)
             else:
@@ -340,6 +344,18 @@ class DataPlane:
         except TidegateError as error:
             raise self._seen(error) from None
         self._respond(proto, await (self._holds.end(scope, body) if opening is None else self._holds.open(*opening)))
+
+    async def _reserve(self, scope: Scope, proto: Any) -> None:
+        try:
+            asked = await self._reservations.read(scope, proto)
+            if asked is not None and asked[1] is None and self._callers is not None:
+                # Whoever may have requests checked may not therefore count by limits of its own.
+                await self._callers.require(scope, "limit")
+        except TidegateError as error:
+            raise self._seen(error) from None
+        self._respond(
+            proto, await (self._reservations.cancel(scope.path) if asked is None else self._reservations.reserve(*asked))
+        )
 
     async def _usage(self, scope: Scope, proto: Any) -> None:
         allow_methods(scope, ("GET", "HEAD"))

@@ -26,6 +26,7 @@ from tidegate.gate.holds import Holds
 from tidegate.gate.planning import counters_of, exempt_plan, observation_of, plan_of_descriptor, rule_of
 from tidegate.gate.quotas import key_counters
 from tidegate.gate.request_limits import RequestLimits
+from tidegate.gate.reservations import Reservations
 from tidegate.gate.reset import counters_by_attributes, counters_by_ip, counters_by_tier
 from tidegate.gate.shadow import shadow_counters, shadow_denials
 from tidegate.gate.subjects import DescriptorCheck, shadow_subject
@@ -54,6 +55,7 @@ class Gate:
         access: denies checks, and exempts them from limits, before anything is counted.
         request_limits: decides checks that name their own limits.
         holds: reserves costs that are known later.
+        reservations: gives the moment at which a caller may go.
         tokens: verifies bearer tokens of other issuers.
     """
 
@@ -73,6 +75,7 @@ class Gate:
         self._lists = self.access.lists
         self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access)
         self.holds = Holds(counters, self.plan, self._tell, self._tell_error)
+        self.reservations = Reservations(counters, self.plan, self._tell, self._tell_error)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
@@ -394,6 +397,8 @@ class Gate:
             observed = observation_of(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
             if denials:
                 force_setattr(observed, "shadow_denials", denials)
+            if plan.held:
+                force_setattr(observed, "held", True)
             self._observe(observed)
         return decision
 
