@@ -82,10 +82,10 @@ export function counters(items) {
     }
     return each.windows.map((window) => [
       name,
-      `${number(window.limit)} / ${window.period ? `${window.period} (quota)` : duration(window.window)}`,
+      window.window === 0 ? `${number(window.limit)} in progress` : `${number(window.limit)} / ${window.period ? `${window.period} (quota)` : duration(window.window)}`,
       meter(window.used, window.limit),
       number(window.remaining),
-      window.resets_at === null ? "full" : countdown(window.resets_at),
+      window.window === 0 && window.used > 0 ? "when requests end" : window.resets_at === null ? "full" : countdown(window.resets_at),
     ]);
   });
   const degraded = items.some((each) => each.degraded)
