@@ -348,6 +348,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         decision: the answer to a check of cost 0, by the limit with the least left.
         windows: the same for each of the limits by itself, `overage` being all that is above a quota so far; none where the
             counter store could not say.
+        holds: open holds of its limits; None where they were not counted.
     """
 
     rule: str | None
@@ -357,6 +358,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
     limits: tuple[Limit, ...]
     decision: Decision
     windows: tuple[Decision, ...] = ()
+    holds: int | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

@@ -437,6 +437,7 @@ async def test_instances_together_know_how_many_holds_are_open(redis_server: Red
         return sum(each.holds.ends.open for each in stores), sum(each.holds.ends.expired for each in stores)
 
     assert figures() == (3, 0)
+    assert list(await stores[1].count_holds((*counters, (limits, "other"), (limit_set("1/day"), "gauge")))) == [3, 0, 0]
     one, other, third = (each for each in handles if each is not None)
     for _ in range(2):
         await stores[1].settle_hold(one, 1)

@@ -270,6 +270,7 @@ class Gate:
         *,
         attributes: Mapping[str, str] | None = None,
         tier: str | None = None,
+        count_holds: bool = False,
     ) -> Usage:
         """What is left to a caller, in each window of each rule. Charges nothing, and is not observed: it is no check.
 
@@ -278,6 +279,7 @@ class Gate:
             ip: IPv4 or IPv6 address of the client, or None where it is not known.
             attributes: of the caller, by name; see `Check.of`.
             tier: of a caller without a key; None where the policy is to decide.
+            count_holds: see `caller_usage`.
 
         Returns:
             The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
@@ -301,7 +303,7 @@ class Gate:
             caller = await self._caller(api_key, client)
         else:
             caller = await self._callers.find_unkeyed(tier or None, given)
-        return await caller_usage(self.counters, caller, client, given)
+        return await caller_usage(self.counters, caller, client, given, count_holds=count_holds)
 
     async def unkeyed_caller(self, tier: str | None, attributes: Mapping[str, str]) -> Caller:
         """The caller of checks without an API key; see `CallerLookup.find_unkeyed`."""

@@ -75,7 +75,8 @@ function explanation(found) {
 export function counters(items) {
   if (items.length === 0) return null;
   const rows = items.flatMap((each) => {
-    const name = (each.rule ?? "(tier)") + (each.mode === "shadow" ? " (shadow)" : "");
+    const holds = each.holds > 0 ? ` (${number(each.holds)} open ${each.holds === 1 ? "hold" : "holds"})` : "";
+    const name = (each.rule ?? "(tier)") + (each.mode === "shadow" ? " (shadow)" : "") + holds;
     if (each.windows.length === 0) {
       const state = each.problem ?? (each.remaining === null ? "not known" : `${number(each.remaining)} of ${number(each.limit)} left`);
       return [[name, state, "", "", ""]];
