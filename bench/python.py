@@ -12,7 +12,7 @@ in the blocking ones.
 The three apps take turns every few hundred requests. For each app the median over all turns of the process's CPU time; the ratio
 is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis itself is not counted. fastapi-limiter counts on
 Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the floor for any limit on Redis
-under FastAPI; and our limit with leases, which as a rule waits for nothing: with 10 clients, each of which comes often enough to be
+under FastAPI; and our limit with leases, which as a rule waits for nothing: with 10 clients, who come often enough to be
 leased. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all have passed.
 """
 
