@@ -40,7 +40,7 @@ from tidegate.doors.http_requests import (
 from tidegate.doors.http_reserve import ReserveRequests, is_reserve
 from tidegate.doors.http_responses import JSON, Prepared, Response, StatusRecorder, authorize_response, error_response
 from tidegate.doors.key_sources import KeySources, bearer_key
-from tidegate.doors.plain_requests import plain_authorize, plain_check
+from tidegate.doors.plain_requests import authorize_layouts, facts_check, plain_authorize, plain_check
 from tidegate.doors.refusals import InternalError, NotFound
 from tidegate.doors.request_headers import read_attributes, single
 from tidegate.doors.responses import (
@@ -115,6 +115,7 @@ class DataPlane:
         self._paths = paths
         self._callers = callers
         self._keys = keys or KeySources()
+        self.layouts = authorize_layouts()
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -191,7 +192,11 @@ class DataPlane:
                         if request.policy is policy:
                             check = request.check
                         else:
-                            check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
+                            facts = request.facts
+                            if facts is not None and policy.jwt is None and not policy.attributes:
+                                check = facts_check(request, facts, self._trusted, policy)
+                            if check is None:
+                                check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
                 elif request.target == _CHECK_TARGET and request.method == "POST":
                     check = request.check or plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
             if check is None:
@@ -212,7 +217,7 @@ class DataPlane:
 
     async def _answer_later(self, request: PlainRequest, check: Check | None, decision: Awaitable[Decision]) -> None:
         self.in_flight += 1
-        known = Request(request.headers, False, request.connection.client, self._trusts_client)
+        known = Request(request, False, request.connection.client, self._trusts_client)
         known.check = check
         CURRENT.set(known)
         try:

@@ -152,7 +152,10 @@ def _opened(opened: OpenedHold) -> Prepared:
     expires_after = opened.ttl_s if opened.hold is not None else None
     said = msgspec.structs.asdict(decision_body(decision))
     body = HoldAnswer(**said, hold=opened.hold, reserved=opened.reserved, expires_after=expires_after)
-    return Prepared(200 if decision.allowed else 429, [*limit_headers(decision), JSON], encode(body))
+    headers = [*limit_headers(decision), JSON]
+    if opened.hold is not None:
+        headers.append(("x-tidegate-hold", opened.hold))  # for gateways, which read headers only
+    return Prepared(200 if decision.allowed else 429, headers, encode(body))
 
 
 def _settled(hold: str, settled: HoldSettlement) -> Prepared:
