@@ -34,7 +34,7 @@ setup: $(VENV)/.dev ## prepare a checkout for changes: a virtual environment in 
 	else echo "no git checkout here: the checks are not installed as a git hook; run make check before you send a change"; fi
 
 unit: $(VENV)/.dev ## run the tests that need Python alone: no root, no Debian packages, no servers; about a minute
-	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist worksteal
+	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist loadfile --no-loadscope-reorder
 
 # Many tests wait for servers: five at a time keep two cores busy.
 TESTS_AT_ONCE ?= 5

@@ -141,9 +141,9 @@ def _measure(page: Page, base: str, rounds: int) -> list[tuple[str, float, Goal 
 def main() -> None:
     """Fill a server, open its console, and measure."""
     smoke = asked_for_smoke(__doc__)
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if chromium is None:
-        print("console: not measured, Chromium is not installed: apt install chromium")
+        print("console: not measured, Chromium is not installed: apt install chromium-headless-shell")
         return
     with console(*((100, 150) if smoke else (10_000, 1_000))) as base, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])

@@ -49,6 +49,7 @@ class Workload(NamedTuple):
         redis_us: CPU of Redis per check, µs.
         rate: checks a second.
         leased: share decided from leases.
+        first: share that is the first of a subject at an instance: each needs a call.
     """
 
     checks: int
@@ -56,6 +57,7 @@ class Workload(NamedTuple):
     redis_us: float
     rate: float
     leased: float
+    first: float
 
 
 def _instances(url: str, count: int, leases: bool) -> list[Any]:
@@ -72,6 +74,7 @@ async def zipf(server: BenchRedis, seconds: float, *, leases: bool, affinity: bo
     stores = _instances(server.url, INSTANCES, leases)
     numbers = chosen.choices(range(SUBJECTS), cum_weights=weights, k=200_000)
     checks = 0
+    known: set[tuple[int, int]] = set()
     await asyncio.gather(*(store.charge([Charge(((limits, f"warm{place}"),), 1)]) for place, store in enumerate(stores)))
     calls = _calls(stores)
     cpu, started = redis_cpu_us(server), time.perf_counter()
@@ -82,7 +85,9 @@ async def zipf(server: BenchRedis, seconds: float, *, leases: bool, affinity: bo
         while time.perf_counter() - started < seconds:
             number = numbers[at % len(numbers)]
             at += IN_FLIGHT
-            store = stores[number % INSTANCES if affinity else checks % INSTANCES]
+            place = number % INSTANCES if affinity else checks % INSTANCES
+            store = stores[place]
+            known.add((number, place))
             checks += 1
             await store.charge([Charge(counters[number])])
             if not at % 16:
@@ -94,7 +99,7 @@ async def zipf(server: BenchRedis, seconds: float, *, leases: bool, affinity: bo
     calls = _calls(stores) - calls
     leased = sum(store.table.decisions for store in stores if isinstance(store, LeasedCounters))
     await asyncio.gather(*(store.close() for store in stores))
-    return Workload(checks, calls, redis_us, checks / took, leased / checks)
+    return Workload(checks, calls, redis_us, checks / took, leased / checks, len(known) / checks)
 
 
 def _calls(stores: Sequence[Any]) -> int:
@@ -245,6 +250,8 @@ def main() -> None:
             ("Zipf: store calls per check, without leases", without.calls / without.checks, None),
             ("Zipf: store calls per check, with leases", spread.calls / spread.checks, Goal(at_most=0.5)),
             ("Zipf: store calls per check, with leases and affinity", same.calls / same.checks, Goal(at_most=0.15)),
+            ("Zipf: first checks of a subject at an instance, the least calls there can be", spread.first, None),
+            ("Zipf: the same with affinity", same.first, None),
             ("Zipf: share of checks decided from leases, with affinity", same.leased, None),
             ("Zipf: checks a second, without leases", without.rate, None),
             ("Zipf: checks a second, with leases and affinity", same.rate, None),

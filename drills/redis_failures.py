@@ -293,7 +293,8 @@ def main() -> None:
         for LEASES[0] in choices:
             result: Result = asyncio.run(_awaited(DRILLS[name]))
             columns.append(result.figures())
-            if result.load.excess()[1] > result.load.uncounted or (not result.load.degraded and result.load.over_admitted):
+            load = result.load
+            if max(load.excess()[1], 0 if load.degraded else load.over_admitted) > load.uncounted:
                 missed.append(name)
         print(f"  {'':<36}" + "".join(f" {'leases' if leases else 'no leases':>12}" for leases in choices))
         for label in dict.fromkeys(label for column in columns for label in column):

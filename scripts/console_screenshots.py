@@ -35,9 +35,9 @@ async def main() -> int:
     Returns:
         The exit code.
     """
-    chromium = shutil.which("chromium")
+    chromium = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if chromium is None:
-        print("Chromium is not installed: apt install chromium", file=sys.stderr)
+        print("Chromium is not installed: apt install chromium-headless-shell", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as directory:
         settings = Settings()

@@ -7,6 +7,7 @@ when the site is built, so that no page says what the code does not. Files outsi
 from __future__ import annotations
 
 import asyncio
+import gc
 import posixpath
 import re
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.doors.admin.app import AdminDeps, admin_app
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.gate.gate import Gate
+
+# Building takes seconds and 170 MiB. To look for garbage meanwhile takes a fifth of the CPU time, and finds next to nothing.
+gc.disable()
 
 _LINK: Final = re.compile(r"(?<!!)\[([^\[\]]*)\]\(((?:\.\./)+[^)#]*)(#[^)]*)?\)")
 

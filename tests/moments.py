@@ -15,13 +15,16 @@ PATIENCE_S = 60.0
 _T = TypeVar("_T")
 
 
-def wait_until(holds: Callable[[], _T], timeout_s: float = PATIENCE_S, what: str = "what was waited for") -> _T:
+def wait_until(
+    holds: Callable[[], _T], timeout_s: float = PATIENCE_S, what: str = "what was waited for", pause_s: float | None = None
+) -> _T:
     """Ask again and again until something holds.
 
     Args:
         holds: asked every 20 ms at first, every 100 ms from 2 s on; what it raises as `OSError` counts as no.
         timeout_s: for how long to ask.
         what: that was waited for, for the error.
+        pause_s: between two questions, where each costs much.
 
     Returns:
         What it gave at last.
@@ -43,7 +46,7 @@ def wait_until(holds: Callable[[], _T], timeout_s: float = PATIENCE_S, what: str
         if waited_s > timeout_s:
             raise TimeoutError(f"{what}: not within {timeout_s} s{last}")
         # To ask takes CPU time of both sides, from what is waited for as well.
-        time.sleep(min(max(0.02, waited_s / 20), 0.1))
+        time.sleep(min(max(0.02, waited_s / 20), 0.1) if pause_s is None else pause_s)
 
 
 async def until(holds: Callable[[], object], timeout_s: float = PATIENCE_S) -> float:

@@ -17,12 +17,16 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 WAITING_S: Final = {
     "test_alert_chain.py": 50,
     "test_balancer_pair.py": 45,
-    "test_console.py": 75,
-    "test_console_outages.py": 40,
+    "test_balancers.py": 15,
+    "test_console.py": 50,
+    "test_console_outages.py": 30,
+    "test_edge_cache.py": 15,
     "test_file_ownership.py": 50,
     "test_grafana.py": 45,
+    "test_holds.py": 20,
     "test_invalidation.py": 155,
-    "test_log_shipping.py": 110,
+    "test_leases.py": 35,
+    "test_log_shipping.py": 95,
     "test_logs.py": 50,
     "test_nginx_gateway.py": 75,
     "test_postgres_failover.py": 65,
@@ -31,6 +35,8 @@ WAITING_S: Final = {
     "test_redis_failures.py": 45,
     "test_replicas.py": 80,
     "test_reshard.py": 140,
+    "test_simulate_servers.py": 12,
+    "test_slow_redis.py": 35,
     "test_stack.py": 45,
     "test_tutorials.py": 70,
     "test_workers.py": 90,
@@ -38,12 +44,16 @@ WAITING_S: Final = {
 """The files that take long, mostly since they wait for servers, and about how long, s."""
 
 COMPUTING_S: Final = {
-    "test_admin_fields.py": 65,
+    "test_admin_fields.py": 45,
     "test_admin_schemathesis.py": 30,
-    "test_algorithms.py": 25,
-    "test_docs_site.py": 45,
-    "test_prometheus_rules.py": 35,
-    "test_terminal.py": 20,
+    "test_algorithms.py": 20,
+    "test_callers_page.py": 12,
+    "test_change_log.py": 15,
+    "test_cli_keys.py": 35,
+    "test_docs_site.py": 20,
+    "test_model.py": 12,
+    "test_prometheus_rules.py": 25,
+    "test_python_pages.py": 12,
 }
 """The files that take long since they compute, and about how long, s; of all others every test counts the same."""
 

@@ -318,6 +318,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
         customer: name of the customer that the caller belongs to; empty without one.
         shadow_denials: what the shadow rules of `shadow_denied` would have denied, and to whom.
         memo: of the caller with this API key and customer; None where it is not cached.
+        held: whether the cost is reserved by a hold, whose settlement reports what was charged.
     """
 
     decision: Decision | None
@@ -331,6 +332,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     customer: str = ""
     shadow_denials: tuple[ShadowDenial, ...] = ()
     memo: UsageMemo | None = None
+    held: bool = False
 
 
 class RuleUsage(msgspec.Struct, frozen=True, gc=False):

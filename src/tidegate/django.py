@@ -13,7 +13,7 @@ from collections.abc import Callable
 from inspect import iscoroutinefunction, unwrap
 from typing import Any, Final
 
-from asgiref.sync import markcoroutinefunction
+from asgiref.sync import markcoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
@@ -27,6 +27,7 @@ from tidegate.errors import PolicyError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
 
+_CALL: Final = "tidegate.call"
 _SHARED: Final = ("counters", "trusted_proxies")
 _METHODS: Final = ("get", "post", "put", "patch", "delete", "head", "options", "dispatch")
 
@@ -72,7 +73,6 @@ class RateLimitMiddleware:
         if arguments.pop("enabled", True) and limits:
             try:
                 self._limit = _limit(limits, **{"key": "ip", **arguments})
-                self._limit.require_cost_before("the middleware")
             except (TidegateError, TypeError) as error:
                 raise ImproperlyConfigured(f"setting TIDEGATE: {error}") from None
         if iscoroutinefunction(get_response):
@@ -82,10 +82,14 @@ class RateLimitMiddleware:
         """Answer a request."""
         if iscoroutinefunction(self.get_response):
             return self._call_async(request)
-        return _with_headers(request, self.get_response(request))
+        return _finished(request, self.get_response(request))
 
     async def _call_async(self, request: HttpRequest) -> Any:
-        return _with_headers(request, await self.get_response(request))
+        response = await self.get_response(request)
+        if _CALL in request.META:
+            # Counting may wait for Redis.
+            return await sync_to_async(_finished)(request, response)
+        return _finished(request, response)
 
     def process_view(self, request: HttpRequest, view: Callable[..., Any], *_: object) -> Any:
         """Check a request before its view; Django runs this in a thread where views are async.
@@ -101,11 +105,13 @@ class RateLimitMiddleware:
         viewed = DjangoRequest(request)
         name = f"{view.__module__}.{getattr(view, '__qualname__', type(view).__name__)}|default"
         try:
-            self._limit.check_blocking(viewed, name)
+            call = self._limit.begin_blocking(viewed, name)
         except PolicyError:
             raise  # a mistake in the program, not the client's
         except TidegateError as error:
             return viewed.answer(error)
+        if call.unfinished:
+            request.META[_CALL] = self._limit, call
         return None
 
 
@@ -124,7 +130,11 @@ def _has_its_own(view: Callable[..., Any]) -> bool:
     return any(getattr(each, EXEMPT, False) or getattr(each, LIMITS, None) for each in parts)
 
 
-def _with_headers(request: HttpRequest, response: Any) -> Any:
+def _finished(request: HttpRequest, response: Any) -> Any:
+    """A response with the limit headers; the slot of its request is free when it was sent."""
+    default, call = request.META.pop(_CALL, (None, None))
+    if default is not None:
+        default.end_blocking(call, response)
     decision = request.META.get(DECISION)
     if decision is not None and "RateLimit" not in response.headers:
         put_django_headers(response, decision)

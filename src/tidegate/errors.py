@@ -19,6 +19,8 @@
      ├── HoldNotFound            404 HOLD_NOT_FOUND
      ├── HoldEnded               409 HOLD_ENDED
      ├── TooManyHolds            429 TOO_MANY_HOLDS
+     ├── ReservationNotFound     404 RESERVATION_NOT_FOUND
+     ├── TooManyReservations     429 TOO_MANY_RESERVATIONS
      ├── PolicyError             an invalid policy (file): file, line, reason
      ├── SettingsError           an invalid setting: name, value, remedy
      └── CatalogError            a refused change of the catalog
@@ -165,6 +167,20 @@ class TooManyHolds(TidegateError):
     """The subject has as many open holds as one may have."""
 
     code = "TOO_MANY_HOLDS"
+    status = 429
+
+
+class ReservationNotFound(TidegateError):
+    """There is no reservation of this id: it was made on another counter store, or the store lost its data."""
+
+    code = "RESERVATION_NOT_FOUND"
+    status = 404
+
+
+class TooManyReservations(TidegateError):
+    """As many reservations wait for their moments as counters in memory remember."""
+
+    code = "TOO_MANY_RESERVATIONS"
     status = 429
 
 

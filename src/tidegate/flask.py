@@ -13,7 +13,6 @@ def search(): ...
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from inspect import unwrap
 from typing import Any, Final
@@ -29,8 +28,6 @@ from tidegate.doors.responses import encode, error_body
 from tidegate.errors import PolicyError, SettingsError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimits", "exempt", "limit"]
-
-logger = logging.getLogger(__name__)
 
 DEFAULT: Final = "RATELIMIT_DEFAULT"
 STORAGE: Final = "RATELIMIT_STORAGE_URI"
@@ -98,7 +95,7 @@ class RateLimits:
                 name = named[endpoint]
             if name is None:
                 return
-            if not default.charges_after:
+            if not default.needs_end:
                 default.check_blocking(FlaskRequest(flask), name)
                 return
             # Before the decision, so that it runs before the headers are added.
@@ -108,14 +105,17 @@ class RateLimits:
         def charge(response: flask.Response) -> flask.Response:
             call: LimitCall | None = flask.g.pop("_tidegate_default", None)
             if call is not None:
-                try:
-                    default.end_blocking(call, response)
-                except TidegateError as error:
-                    # The view has run: to refuse its response would undo nothing.
-                    logger.warning("a response of %s was not charged: %s", call.name, error)
+                default.end_blocking(call, response)
             return response
 
+        def abandon(error: BaseException | None) -> None:
+            call: LimitCall | None = flask.g.pop("_tidegate_default", None)
+            if call is not None:
+                default.abandon_blocking(call, error)
+
         app.before_request(check)
+        if default.needs_end:
+            app.teardown_request(abandon)  # of requests that end without a response
 
 
 def _name_of(app: flask.Flask, endpoint: str) -> str | None:

@@ -199,7 +199,7 @@ class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_subjects: maximum number of leases of this process.
     """
 
-    enabled: bool = False
+    enabled: bool = True
     ttl_s: Annotated[float, Range(0.2, 60)] = 5.0
     max_subjects: Annotated[int, Range(1, 100_000_000)] = 100_000
 

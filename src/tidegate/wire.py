@@ -265,6 +265,56 @@ class HoldRenewedBody(msgspec.Struct, frozen=True, gc=False):
     expires_after: int
 
 
+class ReserveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """The body of `POST /v1/reserve`: the fields of a check, or those of a check with its own limits. Null counts as absent.
+
+    Args:
+        at_most_s: how far ahead the moment may be, s, 0 to 3600.
+        path: path of the request to decide; needed unless `namespace` is given.
+        method: as for `POST /v1/check`.
+        cost: units, 0 (reads the moment) or more, also written as 1.0; 1 if absent.
+        namespace: as for `POST /v1/limit`, instead of a check.
+    """
+
+    at_most_s: int | float
+    path: str | None = None
+    method: str | None = "GET"
+    api_key: str | None = None
+    ip: str | None = None
+    cost: int | float | None = 1
+    attributes: dict[str, str | None] | None = None
+    tier: str | None = None
+    bearer: str | None = None
+    namespace: str | None = None
+    subject: str | None = None
+    limits: tuple[str, ...] | None = ()
+    algorithm: str | None = None
+
+
+class ReserveAnswer(DecisionBody, frozen=True, gc=False):
+    """The answer to `POST /v1/reserve`: the decision, and the place.
+
+    Args:
+        wait_s: seconds until the caller may go; 0 where it may go at once, or was denied.
+        reservation: id, to give the place back before its moment; null where there is nothing to give back.
+    """
+
+    wait_s: float = 0.0
+    reservation: str | None = None
+
+
+class ReservationCancelledBody(msgspec.Struct, frozen=True, gc=False):
+    """The answer to `POST /v1/reserve/{id}/cancel`.
+
+    Args:
+        reservation: id of the reservation.
+        given_back: whether all its units are available again.
+    """
+
+    reservation: str
+    given_back: bool
+
+
 def whole_cost(cost: float | None) -> float:
     """The cost of a request: 1 if absent; a JSON number such as 1.0 is the whole number that it equals.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.servers.migrated import copy_sqlite
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.what_if import WhatIfRuns
 from tidegate.catalog.cached import CachedCatalog
@@ -106,5 +108,13 @@ class Admin:
         return dict(made.json())
 
 
+def _make_sqlite(url: str) -> None:
+    file = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not file.exists():
+        copy_sqlite(file)
+
+
 async def open_admin(url: str, **options: Any) -> Admin:
+    """Open the control plane of a catalog; a file of SQLite that is not there is made with the newest schema."""
+    _make_sqlite(url)
     return Admin(await SqlCatalog.open(url), **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.moments import PATIENCE_S
+from tests.servers.browser import find_chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by the package playwright")
 
@@ -81,9 +81,7 @@ class Console:
 def opened(server: Serve) -> Iterator[Console]:
     """A browser for the console of a server, which ends with it."""
     try:
-        chromium = shutil.which("chromium")
-        if chromium is None:
-            pytest.skip("Chromium is not installed: it comes with the Debian package chromium")
+        chromium = find_chromium()
         server.wait_ready()
         with sync_api.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])

@@ -7,6 +7,7 @@ PostgreSQL enforces lengths, and refuses NUL, lone surrogates and numbers out of
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import re
@@ -23,13 +24,20 @@ INJECTION = "'; DROP TABLE api_keys; --"
 STORABLE = (INJECTION, "%_\\", "عربي😀" + "é" * 9)
 """Texts as any other, wherever any text may stand."""
 BROKEN = ("a\0b", "a\ud800b")
-LONG = ("x" * 10_000, "é" * 20_000)
-LONG_IN_ADDRESSES = ("x" * 10_000, "é" * 4_000)
-"""Percent-encoded six times as long, and so within the 64 KiB that a server reads of a request's head."""
+LONG = ("x" * 5_000 + "é" * 5_000,)
+"""Longer in bytes than in characters, and longer than any limit in either."""
+LONG_IN_ADDRESSES = ("x" * 6_000 + "é" * 4_000,)
+"""Percent-encoded, what is not ASCII is six times as long: still within the 64 KiB that a server reads of a request's head."""
 NUMBERS = (2**31, 2**63, 2**64, -(2**63) - 1)
 PREFIX = "/admin/v1"
 
 Place = tuple[Any, ...]
+
+
+@functools.cache
+def _quoted(value: str) -> str:
+    """A text as it stands in an address. The long ones take milliseconds, and go to every parameter."""
+    return quote(value.encode(errors="surrogatepass"), safe="")
 
 
 class Request(NamedTuple):
@@ -99,14 +107,12 @@ class RequestSender:
     async def _sent(self, request: Request) -> Answer:
         raw = request.path
         for name, value in request.named.items():
-            raw = raw.replace(f"{{{name}}}", quote(value.encode(errors="surrogatepass"), safe=""))
+            raw = raw.replace(f"{{{name}}}", _quoted(value))
         if isinstance(request.body, bytes):
             content, kind = request.body, b"application/toml"
         else:
             content, kind = b"" if request.body is None else json.dumps(request.body).encode(), b"application/json"
-        query = "&".join(
-            f"{quote(name)}={quote(value.encode(errors='surrogatepass'), safe='')}" for name, value in request.query.items()
-        )
+        query = "&".join(f"{quote(name)}={_quoted(value)}" for name, value in request.query.items())
         headers = {"authorization": f"Bearer {TOKEN}", **request.headers}
         scope = {
             "type": "http",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 
+from tests.servers.browser import find_chromium
 from tests.servers.ports import free_port
 from tidegate import Gate, RateLimitMiddleware
 from tidegate.catalog.cached import CachedCatalog
@@ -25,7 +25,6 @@ from tidegate.doors.http_asgi import AsgiAdapter
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.server.listener import Listener
 
-CHROMIUM = Path("/usr/bin/chromium")
 KEY = "policy-file-key-0001"
 POLICY = f"""\
 [[tiers]]
@@ -80,7 +79,6 @@ async def serve_app() -> AsyncIterator[Callable[..., Any]]:
         await listener.stop(5)
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="chromium is not installed: apt-get install chromium")
 async def test_a_page_of_another_site_in_a_browser(serve_app: Callable[..., Any]) -> None:
     playwright = pytest.importorskip("playwright.async_api", reason="the browser is driven by the package playwright")
 
@@ -98,7 +96,7 @@ async def test_a_page_of_another_site_in_a_browser(serve_app: Callable[..., Any]
     }
     async with playwright.async_playwright() as driver:
         browser = await driver.chromium.launch(
-            executable_path=str(CHROMIUM),
+            executable_path=find_chromium(),
             args=["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
         )
         page = await browser.new_page()

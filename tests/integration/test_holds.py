@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
+from werkzeug.test import create_environ
 
-from tests.moments import PATIENCE_S
+from tests.moments import PATIENCE_S, wait_until
 from tests.servers.redis_cluster import RedisCluster
 from tests.servers.redis_server import RedisServer
 from tidegate.counters import Charge
@@ -21,10 +23,13 @@ from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, slot_of
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded
+from tidegate.doors.limit import limit
 from tidegate.doors.limiter import SyncLimiter
+from tidegate.doors.stores import TIMEOUT_VARIABLE, close_shared
 from tidegate.errors import HoldNotFound, StoreUnavailable, TooManyHolds
 from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet
 from tidegate.settings import CounterSettings
+from tidegate.wsgi import RateLimitMiddleware as WsgiMiddleware
 
 NAMES = iter(range(1_000_000))
 TIMEOUT_S = 5.0
@@ -318,3 +323,92 @@ def test_threads_hold_together_with_event_loops(redis_server: RedisServer) -> No
         assert (hold.settlement.remaining, hold.settlement.late) == (70, False)
         with pytest.raises(RateLimitExceeded), limiter.hold("u", cost=71):
             pass
+
+
+async def test_instances_together_know_how_many_holds_are_open(redis_server: RedisServer) -> None:
+    stores = [RedisCounters(redis_server.url, TIMEOUT_S) for _ in range(2)]
+    limits = limit_set("1000/day")
+    counters = ((limits, "gauge"),)
+    handles = [(await stores[0].open_hold(counters, 1, MINUTE_US))[1] for _ in range(3)]
+    assert all(handles)
+
+    def figures() -> tuple[int, int]:
+        return sum(each.holds.ends.open for each in stores), sum(each.holds.ends.expired for each in stores)
+
+    assert figures() == (3, 0)
+    one, other, third = (each for each in handles if each is not None)
+    for _ in range(2):
+        await stores[1].settle_hold(one, 1)
+    assert figures() == (2, 0), "settled twice at another instance, counted once"
+    await stores[1].renew_hold(other, 2 * MINUTE_US)
+    assert figures() == (2, 0)
+    for handle in (other, third):
+        await stores[0].settle_hold(handle, 1)
+    assert figures() == (0, 0)
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of apps wait longer for Redis, on a busy machine."""
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "10000")
+
+
+@pytest.mark.usefixtures("patient")
+async def test_limits_of_apps_hold_in_threads_and_event_loops_together(redis_server: RedisServer) -> None:
+    scope = f"apps-{next(NAMES)}"
+    url = redis_server.url
+    slots = limit("3 concurrent", scope=scope, counters=url)
+    released, entered = threading.Event(), threading.Semaphore(0)
+
+    @slots
+    def blocking() -> None:
+        entered.release()
+        assert released.wait(PATIENCE_S)
+
+    @slots
+    async def asynchronous(end: asyncio.Event) -> None:
+        entered.release()
+        await end.wait()
+
+    end = asyncio.Event()
+    thread = asyncio.ensure_future(asyncio.to_thread(blocking))
+    tasks = [asyncio.ensure_future(asynchronous(end)) for _ in range(2)]
+    for _ in range(3):
+        assert await asyncio.to_thread(entered.acquire, True, PATIENCE_S)
+    for denied in (asynchronous(end), asyncio.to_thread(blocking)):
+        with pytest.raises(RateLimitExceeded) as error:
+            await denied
+        assert error.value.decision.limit == 3
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    released.set()
+    end.set()
+    await asyncio.gather(thread, tasks[1])
+    await asyncio.gather(*(asynchronous(end) for _ in range(3)))
+
+    @limit("2/day", scope=f"{scope} failures", counters=url, deduct_when=lambda result: result == "wrong")
+    async def log_in(result: str) -> str:
+        await asyncio.sleep(0)
+        return result
+
+    attempts = await asyncio.gather(*(log_in("wrong") for _ in range(50)), return_exceptions=True)
+    assert sum(each == "wrong" for each in attempts) == 2
+    await close_shared()
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_response_that_is_dropped_frees_its_slot(redis_server: RedisServer) -> None:
+    """As a middleware does that answers something else: nobody closes it."""
+    app = WsgiMiddleware(lambda environ, start: [start("200 OK", []), b""][1:], "1 concurrent", counters=redis_server.url)
+
+    def status() -> tuple[str, object]:
+        statuses: list[str] = []
+        body = app(create_environ("/"), lambda text, headers, exc_info=None: statuses.append(text))
+        return statuses[0], body
+
+    first, body = status()
+    assert (first, status()[0]) == ("200 OK", "429 Too Many Requests")
+    del body
+    wait_until(lambda: status()[0] == "200 OK")

@@ -133,8 +133,12 @@ def test_memory_while_leased(any_redis: RedisServer) -> None:
         sizes = []
         # One unit is leased: a larger count takes more bytes of its own.
         for work, extra in (("charge", ()), ("lease", (msgspec.msgpack.encode((1, 2, 5_000_000)),))):
-            key = f"lease:{next(KEYS):06}"
-            for _ in range(3):
-                asked(any_redis, script(work, frozenset((algorithm,))), [key], parameters(limits), 50, *extra)
-            sizes.append(any_redis.call("MEMORY", "USAGE", key))
+            usages = []
+            # Of thirty equal values Valkey stores about one beside its key, not within: the smallest of several counts.
+            for _ in range(5):
+                key = f"lease:{next(KEYS):06}"
+                for _ in range(3):
+                    asked(any_redis, script(work, frozenset((algorithm,))), [key], parameters(limits), 50, *extra)
+                usages.append(any_redis.call("MEMORY", "USAGE", key))
+            sizes.append(min(usages))
         assert sizes[1] - sizes[0] <= most, algorithm

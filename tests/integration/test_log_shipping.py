@@ -29,6 +29,8 @@ DEPLOY = Path(__file__).parents[2] / "deploy/logging"
 INDEX = "tidegate-logs-*"
 DAY = "2026-11-25"
 PATIENCE_S = 120.0
+PAUSE_S = 0.4
+"""Between two counts of what is stored: each refreshes the indices, which takes more CPU time than the documents."""
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -97,7 +99,7 @@ def arrived(server: OpenSearch) -> Counter[str]:
 
 def wait_count(server: OpenSearch, expected: int, shipper: Shipper, query: str = "*") -> None:
     try:
-        wait_until(lambda: server.count(INDEX, query) >= expected, PATIENCE_S, f"{expected} documents are stored")
+        wait_until(lambda: server.count(INDEX, query) >= expected, PATIENCE_S, f"{expected} documents are stored", PAUSE_S)
     except TimeoutError as error:
         raise AssertionError(f"{error}: {server.count(INDEX, query)}; rsyslogd says:\n{shipper.said()}") from None
     assert server.count(INDEX, query) == expected
@@ -176,7 +178,7 @@ def test_nothing_is_lost_and_nothing_doubled_while_both_sides_are_killed(server:
 
     writing = threading.Thread(target=write, args=(0, 4000))
     writing.start()
-    wait_until(lambda: server.count(INDEX) > 0, PATIENCE_S, "the first are stored")
+    wait_until(lambda: server.count(INDEX) > 0, PATIENCE_S, "the first are stored", PAUSE_S)
     server.kill()
     writing.join()
     write(4000, 7000)
@@ -186,7 +188,7 @@ def test_nothing_is_lost_and_nothing_doubled_while_both_sides_are_killed(server:
     shipper.start()
     write(8000, 9000)
     server.start()
-    wait_until(lambda: server.count(INDEX) > 0, PATIENCE_S, "some are stored")
+    wait_until(lambda: server.count(INDEX) > 0, PATIENCE_S, "some are stored", PAUSE_S)
     shipper.stop()
     shipper.start()
     write(9000, lines)
@@ -360,7 +362,7 @@ def test_the_log_can_be_cut(server: OpenSearch, shipper: Shipper) -> None:
     shipper.stop()
     shipper.start()
     append(log, line(500))
-    wait_until(lambda: "r-500" in arrived(server), PATIENCE_S, "what comes last")
+    wait_until(lambda: "r-500" in arrived(server), PATIENCE_S, "what comes last", PAUSE_S)
     # imfile misplaces the first line after a cut: read again, it has another id.
     counts = arrived(server)
     assert counts.pop("r-300") in (1, 2)

@@ -146,7 +146,7 @@ async def test_a_shard_is_added_while_checks_go_on_also_where_it_was_killed(
         await load.settle()
         assert ended.is_set()
         assert not load.errors
-        assert not load.degraded
+        assert not load.degraded, [store.degraded for store in load.stores]
         assert load.over_admitted == load.uncounted == load.counted_twice == 0
     finally:
         await load.close()

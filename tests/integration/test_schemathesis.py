@@ -24,6 +24,8 @@ OPERATIONS = {
     ("post", "/v1/holds"),
     ("post", "/v1/holds/{id}/settle"),
     ("post", "/v1/holds/{id}/renew"),
+    ("post", "/v1/reserve"),
+    ("post", "/v1/reserve/{id}/cancel"),
     ("get", "/v1/authorize"),
     ("get", "/v1/usage"),
     ("head", "/v1/usage"),

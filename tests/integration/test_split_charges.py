@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+import pytest
+
 from tests.moments import until
 from tests.servers.redis_cluster import RedisCluster
 from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters
-from tidegate.counters.redis.keyspace import slot_of
+from tidegate.counters.redis.keyspace import hash_tag, slot_of
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.counters.reservations import ReservedCounter
 from tidegate.decision import Decision
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import ReservationNotFound, StoreUnavailable
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 NAMES = iter(range(1_000_000))
@@ -91,4 +95,21 @@ async def test_a_failure_is_charged_to_the_shard_that_was_called(redis_cluster: 
     # By the time it fails, another server counts the subject.
     counters._failed(Charge(((limits, key),)), error, 0)
     assert set(counters.breakers) == {counters.store.shard_of(ip)}
+    await counters.close()
+
+
+async def test_a_reservation_on_several_shards_is_left_to_a_check(redis_cluster: RedisCluster) -> None:
+    counters = GuardedCounters(RedisCounters(redis_cluster.url, TIMEOUT_S))
+    await counters.start()
+    ip, key = subjects()
+    rule, tier = limit_set("1/day"), limit_set("1/day")
+    assert await counters.reserve_named(((rule, ip), (tier, key)), 1, 0) is None, "no order, and nothing charged"
+    assert (await decided(counters, (rule, ip), (tier, key))).allowed
+    placed = await counters.reserve_named(((rule, ip),), 1, 100_000_000_000)
+    assert placed is not None
+    assert placed[1] is not None
+    forged = msgspec.structs.replace(placed[1], counters=(*placed[1].counters, ReservedCounter(hash_tag(key), b"AAAAAAAA", b"")))
+    with pytest.raises(ReservationNotFound):
+        await counters.release_named(forged)
+    assert await counters.release_named(placed[1])
     await counters.close()

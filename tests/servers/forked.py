@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -160,6 +161,22 @@ def start(arguments: Sequence[str], cwd: Path, env: Mapping[str, str], **pipes: 
     if not of_a_test or any(name.startswith(_AT_THE_START) and os.environ.get(name) != value for name, value in env.items()):
         return subprocess.Popen([sys.executable, "-m", "tidegate", *arguments], cwd=cwd, env=env, text=True, **pipes)
     return ForkedProcess(arguments, cwd, env, **pipes)
+
+
+def run_for_bytes(
+    arguments: Sequence[str], timeout: float, cwd: Path, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """As `run`, for what is printed as it is, with every byte."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with start(arguments, cwd, env, stdin=subprocess.DEVNULL, stdout=out, stderr=err) as process:
+            try:
+                process.wait(timeout)
+            except BaseException:
+                process.kill()
+                raise
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(process.args, process.returncode, out.read(), err.read())
 
 
 def run(

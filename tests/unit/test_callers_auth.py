@@ -226,6 +226,8 @@ async def test_refusals_are_logged_for_operators_but_not_each(caplog: pytest.Log
         ("/v1/limit/batch", "limit"),
         ("/v1/holds", "hold"),
         ("/v1/holds/abc/settle", "hold"),
+        ("/v1/reserve", "check"),
+        ("/v1/reserve/abc/cancel", "check"),
         ("/v1/leases/abc/return", "lease"),
         ("/v1/limitless", "check"),
     ],

@@ -21,6 +21,7 @@ def test_public_names() -> None:
             "LimitRequest",
             "OnFailure",
             "Quota",
+            "ReservedAnswer",
             "RuleUsageBody",
             "UsageBody",
             "WindowUsageBody",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import django
 import pytest
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
 if not settings.configured:
@@ -32,6 +33,7 @@ from django.views import View
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from tests.moments import wait_until
 from tidegate import Decision, PolicyError, SyncLimiter
 from tidegate.django import RateLimitMiddleware, exempt, limit
 from tidegate.doors.python_requests import put_django_headers
@@ -89,6 +91,18 @@ def log_in(request: HttpRequest) -> HttpResponse:
     return HttpResponse("", status=int(request.GET["status"]))
 
 
+@limit("1 concurrent", scope="stream")
+def stream(request: HttpRequest) -> StreamingHttpResponse:
+    if "fails" in request.GET:
+        raise RuntimeError("a view that fails")
+    return StreamingHttpResponse([b"a", b"b"])
+
+
+@limit("1 concurrent; 100/minute", scope="asynchronous stream")
+async def asynchronous_stream(request: HttpRequest) -> StreamingHttpResponse:
+    return StreamingHttpResponse([b"a", b"b"])
+
+
 class Thing(View):
     @method_decorator(limit("1/minute"))
     def get(self, request: HttpRequest) -> HttpResponse:
@@ -143,6 +157,8 @@ urlpatterns = [
     path("query", by_query),
     path("user", by_user),
     path("login", log_in),
+    path("stream", stream),
+    path("async-stream", asynchronous_stream),
     path("thing", Thing.as_view()),
     path("api", Api.as_view()),
     path("uploads", Uploads.as_view()),
@@ -174,6 +190,70 @@ def test_views_with_a_limit_of_their_own() -> None:
     assert statuses("/login?status=200", *["/login?status=401"] * 3, "/login?status=200") == [200, 401, 401, 429, 429]
     assert [Client().post(f"/query?q={q}").status_code for q in "aab"] == [200, 429, 200]
     assert statuses("/query?q=a") == [200], "other methods are not limited"
+
+
+def open_slots() -> int:
+    return sum(store.open_holds for store in SWITCHES.memory)
+
+
+@pytest.mark.parametrize("path", ["/stream", "/async-stream"])
+def test_slots_of_views(path: str) -> None:
+    streaming = Client().get(path)
+    assert (streaming.status_code, open_slots()) == (200, 1)
+    assert (Client().get(path).status_code, open_slots()) == (429, 1)
+    assert b"".join(streaming.streaming_content) == b"ab"  # type: ignore[attr-defined]
+    assert open_slots() == 0, "the client closes a response that it has read"
+    abandoned = Client().get(path)
+    abandoned.close()
+    assert open_slots() == 0
+
+
+async def test_slots_of_views_on_an_event_loop() -> None:
+    streaming = await AsyncClient().get("/async-stream")
+    assert [(await AsyncClient().get(path)).status_code for path in ("/async-stream", "/stream")] == [429, 200]
+    await asyncio.to_thread(streaming.close)  # as Django's ASGI handler does it
+    assert open_slots() == 1, "of the other view, whose response is open"
+
+
+def test_slots_of_views_that_fail() -> None:
+    client = Client(raise_request_exception=False)
+    assert [client.get("/stream?fails").status_code for _ in range(2)] == [500, 500]
+    assert open_slots() == 0
+
+
+def test_slots_of_responses_that_are_dropped() -> None:
+    """As middleware does that answers 304 instead."""
+    streaming = stream(RequestFactory().get("/stream"))
+    assert (streaming.status_code, open_slots()) == (200, 1)
+    del streaming
+    wait_until(lambda: open_slots() == 0)
+
+
+def test_default_limits_that_need_the_response() -> None:
+    """Slots until the response was sent, and outcomes."""
+
+    def outcome(request: HttpRequest) -> HttpResponse:
+        return HttpResponse("", status=int(request.GET["status"]))
+
+    slots = {"default_limits": "1 concurrent", "scope": "default slots"}
+    failures = {"default_limits": "1/day", "deduct_when": lambda response: response.status_code == 401, "scope": "failures"}
+
+    def answers(middleware: RateLimitMiddleware, status: int) -> HttpResponse:
+        request = RequestFactory().get(f"/?status={status}")
+        denied = middleware.process_view(request, outcome)
+        middleware.get_response = lambda request: denied or outcome(request)
+        answer: HttpResponse = middleware(request)
+        return answer
+
+    with override_settings(TIDEGATE=slots):
+        middleware = RateLimitMiddleware(plain)
+    first = answers(middleware, 200)
+    assert (first.status_code, answers(middleware, 200).status_code) == (200, 429)
+    first.close()
+    assert (answers(middleware, 200).status_code) == 200
+    with override_settings(TIDEGATE=failures):
+        middleware = RateLimitMiddleware(plain)
+    assert [answers(middleware, status).status_code for status in (200, 200, 401, 200)] == [200, 200, 401, 429]
 
 
 def test_a_limit_that_does_not_block_says_so() -> None:
@@ -279,9 +359,6 @@ def test_settings() -> None:
     with override_settings(TIDEGATE={"default_limits": "1/fortnight"}), pytest.raises(ImproperlyConfigured, match="fortnight"):
         RateLimitMiddleware(plain)
     with override_settings(TIDEGATE={"default_limit": "1/day", "default_limits": "1/day"}), pytest.raises(ImproperlyConfigured):
-        RateLimitMiddleware(plain)
-    by_response = {"default_limits": "1/day", "deduct_when": lambda response: True}
-    with override_settings(TIDEGATE=by_response), pytest.raises(ImproperlyConfigured, match="runs before the response exists"):
         RateLimitMiddleware(plain)
     with override_settings(TIDEGATE=["1/day"]), pytest.raises(ImproperlyConfigured, match="must be a dict"):
         RateLimitMiddleware(plain)

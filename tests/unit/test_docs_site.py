@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from scripts.diagrams import DiagramError, draw
+from tests.servers.browser import find_chromium
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -116,13 +117,11 @@ def test_without_a_repository_there_is_no_placeholder(site: Path) -> None:
 def test_pages_load_nothing_from_other_hosts(origin: str) -> None:
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is not installed: it comes with the Debian package chromium")
+    chromium = find_chromium()
     asked: set[str] = set()
     failed: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         page.on("request", lambda request: asked.add(request.url))
         # The browser itself ends what a page still loads when the next one is opened.

@@ -8,7 +8,7 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
 from fastapi import Request as FastApiRequest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 
@@ -329,6 +329,26 @@ def test_what_a_dependency_cannot_do() -> None:
     app = FastAPI()
     with pytest.raises(PolicyError, match=r"test_fastapi_limits\.py:\d+: limit: a dependency runs before the response exists"):
         app.get("/", dependencies=[Depends(limit("1/minute", deduct_when=bool))])(lambda: 1)
+    with pytest.raises(PolicyError, match="a dependency does not know when its request ends"):
+        app.get("/", dependencies=[Depends(limit("1 concurrent"))])(lambda: 1)
+
+
+async def test_slots_of_all_endpoints(clock: Clock) -> None:
+    app = FastAPI()
+    store = counted(clock)
+    in_progress: list[int] = []
+
+    @app.get("/")
+    async def view() -> str:
+        in_progress.append(store.open_holds)
+        in_progress.append((await client.get("/")).status)
+        return "ran"
+
+    client = AsgiClient(RateLimitMiddleware(app, default_limits="1 concurrent", counters=store))
+    assert [(await client.get("/")).status for _ in range(2)] == [200, 200]
+    assert (in_progress, store.open_holds) == ([1, 429, 1, 429], 0)
+    with pytest.raises(PolicyError, match="which is not known here"):
+        await limit(lambda: "1 concurrent", counters=store).check(HTTPConnection({"type": "http", "headers": []}))
 
 
 @pytest.mark.parametrize("arguments", [{}, {"policy": "examples/app.policy.toml", "default_limits": "1/minute"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import flask
 import pytest
 from flask import Blueprint, Flask
 from flask.views import MethodView
-from werkzeug.test import Client
+from werkzeug.test import Client, create_environ
 
 from tests.conftest import Clock
 from tidegate import Decision, MemoryCounters, PolicyError, RateLimitExceeded, SettingsError, StoreUnavailable
+from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.flask import RateLimits, exempt, limit
 from tidegate.policy.limits import LimitSet
 from tidegate.wsgi import RateLimitMiddleware
@@ -177,10 +179,20 @@ def test_default_limits_by_the_cost_of_the_response(app: Flask, store: MemoryCou
 
 def test_a_store_that_fails_after_the_view(caplog: pytest.LogCaptureFixture, app: Flask) -> None:
     store = FailsAfterwards()
-    RateLimits(app, "5/minute", deduct_when=lambda _: True, counters=store)
+    RateLimits(app, "5/minute", cost=lambda response: 1, counters=store)
     app.get("/")(lambda: "ran")
+    app.get("/login", endpoint="login")(limit("5/minute", deduct_when=lambda _: True, counters=FailsToSettle())(lambda: "ran"))
     assert app.test_client().get("/").data == b"ran"
     assert "was not charged" in caplog.text
+    assert app.test_client().get("/login").data == b"ran"
+    assert "hold of a limited call was not settled" in caplog.text
+
+
+class FailsToSettle(MemoryCounters):
+    """Opens the hold of a view, and fails to settle it."""
+
+    def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
+        raise StoreUnavailable("the store does not answer")
 
 
 class FailsAfterwards(MemoryCounters):
@@ -350,9 +362,152 @@ def test_wsgi(store: MemoryCounters) -> None:
     assert (bad.status_code, bad.json["error"]["code"]) == (400, "BAD_REQUEST")
 
 
-def test_the_middleware_has_no_response() -> None:
-    with pytest.raises(PolicyError, match="the middleware runs before the response exists"):
-        RateLimitMiddleware(application, "1/minute", deduct_when=lambda response: True)
+def test_wsgi_by_the_response(store: MemoryCounters) -> None:
+    def log_in(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response(environ["PATH_INFO"][1:] + " done", [("Content-Type", "text/plain")])
+        yield b"ran"
+
+    client = Client(RateLimitMiddleware(log_in, "2/minute", deduct_when=lambda got: got.status_code == 401, counters=store))
+    answers = [client.get(f"/{status}") for status in (200, 200, 401, 200, 401, 200)]
+    assert [each.status_code for each in answers] == [200, 200, 401, 200, 401, 429]
+    assert [each.headers["X-RateLimit-Remaining"] for each in answers] == ["2", "2", "1", "1", "0", "0"]
+    costs = Client(RateLimitMiddleware(log_in, "5/minute", cost=lambda response: 3, counters=MemoryCounters()))
+    assert [costs.get("/200").status_code for _ in range(3)] == [200, 200, 429]
+
+
+def open_slots(store: MemoryCounters) -> int:
+    return store.open_holds
+
+
+def run_wsgi(app: Any, path: str = "/") -> tuple[str, Iterable[bytes]]:
+    """Call a WSGI app as a server does, which has to close the body that it gets."""
+    started: list[str] = []
+    body = app(create_environ(path), lambda status, headers, exc_info=None: started.append(status))
+    return (started or [""])[0], body
+
+
+def test_slots_of_wsgi_requests(store: MemoryCounters) -> None:
+    def stream(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/fails":
+            raise RuntimeError("before any response")
+        start_response("200 OK", [])
+        return iter([b"a", b"b"])
+
+    app = RateLimitMiddleware(stream, "2 concurrent; 100/minute", counters=store)
+    bodies = [run_wsgi(app)[1] for _ in range(2)]
+    assert list(bodies[0]) == [b"a", b"b"]
+    status, denied = run_wsgi(app)
+    assert (status, open_slots(store)) == ("429 Too Many Requests", 2), "sent, and not closed"
+    assert json.loads(b"".join(denied))["error"]["details"]["limit"] == 2
+    bodies[0].close()  # type: ignore[attr-defined]
+    assert open_slots(store) == 1
+    next(iter(bodies[1]))
+    bodies[1].close()  # type: ignore[attr-defined]  # the client disconnected
+    assert open_slots(store) == 0
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="before any response"):
+            run_wsgi(app, "/fails")
+    assert open_slots(store) == 0
+    unused = run_wsgi(app)[1]
+    assert open_slots(store) == 1
+    del unused
+    assert open_slots(store) == 0, "a server that does not close what it drops"
+
+
+def test_slots_and_outcomes_of_wsgi_requests(store: MemoryCounters) -> None:
+    def log_in(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response(environ["PATH_INFO"][1:] + " done", [])
+        return [b"ran"]
+
+    limits = "3 concurrent; 1/minute"
+    app = RateLimitMiddleware(log_in, limits, deduct_when=lambda response: response.status_code == 401, counters=store)
+    client = Client(app)
+    assert [client.get(f"/{status}").status_code for status in (200, 200, 401, 200)] == [200, 200, 401, 429]
+    assert open_slots(store) == 0
+
+
+def test_slots_of_flask_views(app: Flask, store: MemoryCounters) -> None:
+    seen: list[int] = []
+
+    @limit("1 concurrent", counters=store, scope="helper")
+    def helper() -> None:
+        seen.append(open_slots(store))
+
+    @app.get("/stream")
+    @limit("1 concurrent", counters=store)
+    def stream() -> Any:
+        helper()
+        helper()
+        return flask.Response(iter(["a", "b"]))
+
+    @app.get("/fails")
+    @limit("1 concurrent", counters=store)
+    def fails() -> str:
+        raise RuntimeError("a view that fails")
+
+    @app.get("/aborts")
+    @limit("1 concurrent", counters=store)
+    def aborts() -> str:
+        flask.abort(404)
+
+    class Things(MethodView):
+        @limit("1 concurrent", counters=store)
+        def get(self) -> str:
+            return "thing"
+
+    app.add_url_rule("/things", view_func=Things.as_view("things"))
+    status, body = run_wsgi(app, "/stream")
+    assert (status, seen) == ("200 OK", [2, 2]), "a function that is no view ends when it returns"
+    assert (run_wsgi(app, "/stream")[0], open_slots(store)) == ("429 TOO MANY REQUESTS", 1)
+    body.close()  # type: ignore[attr-defined]
+    assert open_slots(store) == 0
+    assert statuses(app, "/fails", "/fails", "/aborts", "/aborts", "/things", "/things") == [500, 500, 404, 404, 200, 200]
+    status, body = run_wsgi(app, "/things")
+    assert open_slots(store) == 1
+    body.close()  # type: ignore[attr-defined]
+    assert open_slots(store) == 0
+
+
+@pytest.mark.parametrize("propagates", [False, True])
+def test_slots_of_all_flask_views(app: Flask, store: MemoryCounters, propagates: bool) -> None:
+    RateLimits(app, "1 concurrent; 100/minute", counters=store)
+    app.config["PROPAGATE_EXCEPTIONS"] = propagates
+
+    @app.get("/stream")
+    def stream() -> Any:
+        return flask.Response(iter(["a", "b"]))
+
+    @app.get("/fails")
+    def fails() -> str:
+        raise RuntimeError("a view that fails")
+
+    _, body = run_wsgi(app, "/stream")
+    assert (run_wsgi(app, "/stream")[0], open_slots(store)) == ("429 TOO MANY REQUESTS", 1)
+    body.close()  # type: ignore[attr-defined]
+    for _ in range(2):
+        if propagates:
+            with pytest.raises(RuntimeError, match="a view that fails"):
+                run_wsgi(app, "/fails")
+        else:
+            run_wsgi(app, "/fails")[1].close()  # type: ignore[attr-defined]
+    assert open_slots(store) == 0
+
+
+def test_parallel_attempts_count_while_they_are_in_progress(app: Flask, store: MemoryCounters) -> None:
+    inner: list[int] = []
+
+    @app.get("/login")
+    @limit("2/minute", deduct_when=lambda response: response.status_code == 401, counters=store)
+    def log_in() -> Any:
+        if len(inner) < 3:
+            inner.append(0)
+            place = len(inner) - 1
+            inner[place] = app.test_client().get("/login").status_code
+        return flask.Response("", 401)
+
+    assert app.test_client().get("/login").status_code == 401
+    assert inner == [401, 429], "the third attempt comes while two are in progress"
+    assert statuses(app, "/login") == [429]
 
 
 def test_wsgi_by_a_function_of_the_environment(store: MemoryCounters) -> None:

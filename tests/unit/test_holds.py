@@ -19,6 +19,7 @@ from tidegate.counters.blocking import BlockingMemory
 from tidegate.counters.factory import open_blocking, open_counters
 from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.hold_ends import HoldEnds
 from tidegate.decision import Check, Observation
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
@@ -535,3 +536,22 @@ async def test_the_middleware_holds_a_slot_until_the_last_byte(store: MemoryCoun
     assert (await request(app, "/other"))[0]["status"] == 200
     assert (await request(app, key="nobody"))[0]["status"] == 401
     assert store.open_holds == 0
+
+
+def test_open_holds_on_redis_are_counted_by_when_they_expire(clock: Clock) -> None:
+    one, other = HoldEnds(clock), HoldEnds(clock)
+    start = clock.now_us
+    one.note(start + 60_000_000, 1)
+    one.note(start + 5_500_000, 1)
+    one.note(start + 5_500_000, 1)
+    other.note(start + 5_500_000, -1)  # settled at another instance
+    assert (one.open, other.open, one.expired, other.expired) == (3, -1, 0, 0)
+    clock.advance(6)
+    assert (one.open, other.open, one.expired, other.expired) == (1, 0, 2, -1)
+    other.note(start + 60_000_000, -1)  # renewed
+    other.note(start + 90_000_000, 1)
+    clock.advance(60)
+    assert (one.open + other.open, one.expired + other.expired) == (1, 1)
+    one.note(start, 1)
+    clock.advance(60)
+    assert (one.open + other.open, one.expired + other.expired) == (0, 3)

@@ -15,11 +15,17 @@ from msgspec.structs import replace
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tests.conftest import Clock
 from tests.unit.test_telemetry import values
+from tidegate.catalog.cached import CachedCatalog
+from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.tables import ledger_batches, traffic_callers, traffic_latency, traffic_minutes, usage_ledger
-from tidegate.decision import Decision, Observation, UsageMemo
-from tidegate.errors import CatalogUnavailable
+from tidegate.counters.holds import HoldAccount, HoldHandle, new_id
+from tidegate.counters.memory import MemoryCounters
+from tidegate.decision import Check, Decision, Observation, UsageMemo
+from tidegate.errors import BadRequest, CatalogUnavailable
+from tidegate.gate.gate import Gate
 from tidegate.latency import BUCKETS_S, LatencyHistogram
 from tidegate.ledger import aggregate
 from tidegate.ledger import buffer as buffers
@@ -30,6 +36,7 @@ from tidegate.ledger.maintenance import LEDGER, Retention
 from tidegate.ledger.traffic import quantile
 from tidegate.ledger.writer import UsageWriter
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.toml_reader import parse_policy
 from tidegate.telemetry.collectors import collect_usage
 from tidegate.telemetry.metrics import Metrics
 
@@ -123,6 +130,78 @@ async def test_units_are_counted_for_whom_they_were() -> None:
         (hour, "internal", "", f"k:{KEY}"): [1, 0, 0],
     }
     assert len(counts) == 0, "what was taken is not counted again"
+
+
+HELD = """
+[[tiers]]
+name = "free"
+quotas = ["1000/month"]
+overage = true
+  [[tiers.rules]]
+  endpoint = "/llm/*"
+  name = "tokens"
+  algorithm = "fixed_window"
+  limits = ["800/minute"]
+  [[tiers.rules]]
+  endpoint = "/login"
+  name = "log-in"
+  limits = ["2/minute"]
+  count = "failures"
+
+[anonymous]
+tier = "free"
+"""
+
+
+async def test_what_holds_are_charged_in_the_end_is_counted() -> None:
+    counts, clock = UsageCounts(), Clock(NOON_US)
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(HELD))), MemoryCounters(clock=clock), counts.observe)
+    gate.holds.on_settled = counts.count_settled
+
+    async def opened(cost: int, path: str = "/llm/chat", ttl_s: int = 60) -> str:
+        hold = (await gate.holds.open(Check(path, "POST", ip="192.0.2.1", cost=cost), ttl_s)).hold
+        assert hold is not None
+        return hold
+
+    async def ledger() -> dict[tuple[str, str], list[int]]:
+        return {key[3:]: units for key, units in (await rows_of(counts))["ledger"].items()}
+
+    less, more, late, never = [await opened(100) for _ in range(4)]
+    assert not (await gate.holds.open(Check("/llm/chat", "POST", ip="192.0.2.1", cost=500))).decision.allowed
+    assert await ledger() == {("free", "tokens"): [0, 500, 0]}, "open holds are not charged yet"
+    for _ in range(2):
+        await gate.holds.settle(less, 30)
+    await gate.holds.settle(more, 150)
+    clock.advance(61)
+    await gate.holds.settle(late, 7)
+    assert await ledger() == {("free", "tokens"): [187, 0, 0]}
+    await gate.check(Check("/other", "GET", ip="192.0.2.1", cost=743))
+    first = await opened(100)
+    assert sum((await ledger())[("free", "")]) == 743
+    await gate.holds.settle(first, 90)
+    assert await ledger() == {("free", "tokens"): [90, 0, 20]}, "187 + 743 + 90 is 20 above the quota"
+    attempt = await opened(1, "/login")
+    await gate.holds.settle(attempt, 0)
+    assert await ledger() == {("free", "log-in"): [1, 0, 1]}, "quotas count every attempt"
+    quota = (await gate.check(Check("/other", "GET", ip="192.0.2.1", cost=0))).overage
+    assert quota == 187 + 743 + 90 + 1 - 1000, "as the quota has it"
+    assert never
+
+
+def test_whom_and_how_much_a_hold_counts() -> None:
+    account = HoldAccount("free", "k:1", overage=20)
+    assert [account.units_of(100, used) for used in (0, 79, 80, 90, 100, 130)] == [
+        (0, 0), (79, 0), (80, 0), (90, 10), (100, 20), (130, 50),
+    ]  # fmt: skip
+    assert HoldAccount("free", "k:1").units_of(100, 130) == (130, 0)
+    assert HoldAccount("free", "k:1", whole=True).units_of(1, 0) == (1, 0)
+    for forged in (account, replace(account, tier="x" * 2000), replace(account, customer="a\nb"), replace(account, overage=-1)):
+        text = HoldHandle(new_id(), 1, account=forged).text
+        if forged is account:
+            assert HoldHandle.of(text).account == account
+        else:
+            with pytest.raises(BadRequest, match="is not an id"):
+                HoldHandle.of(text)
 
 
 async def test_minutes_and_days_are_of_the_store_s_clock_in_any_order() -> None:

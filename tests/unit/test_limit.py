@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.conftest import Clock
 from tidegate import MemoryCounters, PolicyError, RateLimitExceeded, limit
+from tidegate.counters.blocking import BlockingMemory
+from tidegate.counters.holds import HoldHandle
+from tidegate.doors.call_holds import RENEWALS
 from tidegate.doors.stores import COUNTERS_VARIABLE, shared_store
 
 
@@ -185,6 +189,146 @@ def test_only_some_results_are_charged(counters: MemoryCounters) -> None:
     assert outcomes(lambda: log_in("a", "guess"), 3) == [True, True, False]
     assert outcomes(lambda: log_in("a", "secret"), 1) == [False], "a limit that is used up denies in any case"
     assert outcomes(lambda: log_in("b", "secret"), 1) == [True]
+
+
+def test_a_result_counts_while_its_call_is_in_progress(counters: MemoryCounters) -> None:
+    @limit("2/minute", deduct_when=lambda result: result == "wrong password", counters=counters)
+    def log_in(parallel: int) -> str:
+        if parallel:
+            assert outcomes(lambda: log_in(parallel - 1), 1) == [parallel > 1]
+        return "wrong password" if parallel else "welcome"
+
+    log_in(2)
+    assert counters.open_holds == 0
+    assert outcomes(lambda: log_in(0), 1) == [False], "the outer two failed"
+
+
+def test_slots_of_functions(counters: MemoryCounters) -> None:
+    @limit("2 concurrent; 5/minute", counters=counters)
+    def work(depth: int) -> int:
+        return work(depth - 1) if depth else counters.open_holds
+
+    assert work(1) == 2
+    with pytest.raises(RateLimitExceeded) as denied:
+        work(2)
+    assert (denied.value.decision.limit, denied.value.retry_after) == (2, 1)
+    assert counters.open_holds == 0
+    assert outcomes(lambda: work(0), 2) == [True, False], "two and two of five: what was denied was not charged"
+
+    @limit("1 concurrent", counters=counters)
+    def alone(fails: bool) -> int:
+        if fails:
+            raise KeyboardInterrupt
+        return outcomes(lambda: alone(False), 1).count(False)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            alone(True)
+    assert (alone(False), counters.open_holds) == (1, 0)
+
+
+async def test_slots_of_tasks(counters: MemoryCounters) -> None:
+    @limit("2 concurrent", counters=counters)
+    async def work(released: asyncio.Event) -> str:
+        await released.wait()
+        return "done"
+
+    released = asyncio.Event()
+    tasks = [asyncio.ensure_future(work(released)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert (counters.open_holds, isinstance(tasks[2].exception(), RateLimitExceeded)) == (2, True)
+    tasks[0].cancel()
+    await asyncio.wait(tasks[:1])
+    assert counters.open_holds == 1
+    released.set()
+    assert (await tasks[1], await work(released), counters.open_holds) == ("done", "done", 0)
+
+
+async def test_outcomes_of_tasks(counters: MemoryCounters) -> None:
+    async def is_wrong(result: str) -> bool:
+        return result == "wrong"
+
+    @limit("2/minute", deduct_when=is_wrong, counters=counters)
+    async def log_in(result: str) -> str:
+        await asyncio.sleep(0)
+        return result
+
+    async def answers(*results: str) -> list[bool]:
+        found = await asyncio.gather(*map(log_in, results), return_exceptions=True)
+        return [not isinstance(each, RateLimitExceeded) for each in found]
+
+    assert await answers("right", "right", "right") == [True, True, False], "two at once"
+    assert await answers("wrong") == [True]
+    cancelled = asyncio.ensure_future(log_in("wrong"))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    assert await answers("wrong", "wrong") == [True, False], "the one that was cancelled does not count"
+
+
+def test_slots_beside_a_cost_of_the_result(counters: MemoryCounters) -> None:
+    @limit("1 concurrent; 10/minute", cost=lambda result: result, counters=counters)
+    def work(cost: int) -> int:
+        assert outcomes(lambda: work(1), 1) == [False]
+        return cost
+
+    assert [work(4), work(6), counters.open_holds] == [4, 6, 0]
+    assert outcomes(lambda: work(1), 1) == [False]
+
+
+def test_limits_that_a_function_gives_may_have_slots(counters: MemoryCounters) -> None:
+    @limit(lambda depth: "1 concurrent" if depth else "5/minute", counters=counters)
+    def work(depth: int) -> None:
+        if depth:
+            work(depth - 1)
+
+    work(1)
+    assert outcomes(lambda: work(2), 1) == [False]
+    assert counters.open_holds == 0
+
+
+def test_slots_of_long_calls_are_renewed() -> None:
+    class Recording(BlockingMemory):
+        def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
+            renewed.append(ttl_us)
+            super().renew_hold_now(handle, ttl_us)
+
+    renewed: list[int] = []
+    store = Recording()
+
+    @limit("1 concurrent", counters=store)
+    def work() -> None:
+        begun = time.monotonic()
+        RENEWALS.renew_all(begun)
+        assert renewed == []
+        RENEWALS.renew_all(begun + 30)
+        RENEWALS.renew_all(begun + 31)
+        RENEWALS.renew_all(begun + 60)
+
+    work()
+    assert renewed == [3600_000_000] * 2
+    RENEWALS.renew_all(time.monotonic() + 1000)
+    assert len(renewed) == 2, "nothing is renewed after the end"
+
+
+def test_what_slots_do_not_go_with(counters: MemoryCounters) -> None:
+    class NeedsLoop:
+        """A store that an event loop has to wait for."""
+
+        charge = None
+
+    def refused(match: str, make: Callable[[], object]) -> None:
+        with pytest.raises(PolicyError, match=match):
+            make()
+
+    def numbers() -> Iterator[int]:
+        yield 1
+
+    refused("needs the URL of a store", lambda: limit("1 concurrent", counters=NeedsLoop()))  # type: ignore[arg-type]
+    refused("have no effect on it", lambda: limit("1 concurrent", deduct_when=bool, counters=counters))
+    refused("a generator has no known end", lambda: limit("1 concurrent", counters=counters)(numbers))
+    refused("both count requests in progress", lambda: limit("1 concurrent; 2 concurrent", counters=counters))
+    refused("number of requests must be a whole number", lambda: limit("0 concurrent", counters=counters))
 
 
 def test_exempt_calls_are_not_counted(counters: MemoryCounters) -> None:

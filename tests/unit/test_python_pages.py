@@ -89,6 +89,11 @@ with start_worker(app, perform_ping_check=False, pool="solo", concurrency=1, log
     assert not orders[1].ready(), "the only worker is free while the order waits"
     assert orders[1].get(timeout=60) == "order 1 sent"
 """,
+    "Calls in progress": "assert outcomes(lambda: export('acme'), 2) == [None, None]",
+    "From several processes": """
+limiter = Client("http://127.0.0.1:1")
+assert call_partner("x") == "called x", "on_failure decides: there is no server"
+""",
     "Outgoing calls to another API": "assert asyncio.run(call('x')) == 'called x'",
 }
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.moments import PATIENCE_S
+from tests.servers import forked
 from tidegate.catalog.sql.engine import open_engine, redacted_url
 from tidegate.counters.factory import open_counters
 from tidegate.errors import SettingsError
@@ -92,16 +93,9 @@ def _refusal(make: Callable[[str], object], url: str) -> str:
 
 
 @pytest.mark.parametrize("url", ["redis://[::1", "redis://:hunter2/x@h", "u:hunter2@h"])
-def test_the_command_reports_it_in_a_line(url: str, tmp_path: object) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "tidegate", "serve"],
-        env={"TIDEGATE_COUNTERS__URL": url, "TIDEGATE_CATALOG__URL": "sqlite://", "PATH": ""},
-        cwd=str(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_the_command_reports_it_in_a_line(url: str, tmp_path: Path) -> None:
+    environment = {"TIDEGATE_COUNTERS__URL": url, "TIDEGATE_CATALOG__URL": "sqlite://", "PATH": ""}
+    ran = forked.run(("serve",), PATIENCE_S, tmp_path, environment)
     assert ran.returncode == 2
     assert "counters.url" in ran.stderr
     assert "Traceback" not in ran.stderr

@@ -16,7 +16,7 @@ from tests.cases.logs import AT, COMBINED, COMMON, CSV_HEADER, LINES, MALFORMED,
 from tests.cpu_time import assert_cpu_below
 from tidegate.errors import SettingsError
 from tidegate.policy.paths import MAX_PATH_BYTES
-from tidegate.tools.simulate.log_formats import FORMATS, Directive, Request, csv_columns, detect, parser_of
+from tidegate.tools.simulate.log_formats import FORMATS, Directive, NoAddress, Request, csv_columns, detect, parser_of
 from tidegate.tools.simulate.log_times import Malformed, timestamp_us
 
 
@@ -183,3 +183,19 @@ def test_no_line_costs_more_than_its_length(name: str) -> None:
             parse(line)
 
     assert_cpu_below(1.5, work)
+
+
+def test_costs() -> None:
+    parse = parser_of("json", "ip", None, cost_field="usage.total_tokens")
+    line = '{"time":1700000000,"ip":"1.1.1.1","path":"/","usage":{"total_tokens":%s}}'
+    assert [parse(line % cost).cost for cost in ("812", "0", "3.0", '"17"', "null", '"-"')] == [812, 0, 3, 17, 1, 1]
+    assert parse('{"time":1700000000,"ip":"1.1.1.1","path":"/"}').cost == 1
+    for cost in ("-1", "1.5", "1000000001", '"x"', '"\u00b2"', "[]", "true", '"1e3"', f'"{"9" * 5000}"'):
+        with pytest.raises(Malformed, match=r"the cost .* is not a whole number"):
+            parse(line % cost)
+    with pytest.raises(SettingsError, match="format combined has no costs, so no 'tokens'"):
+        parser_of("combined", "ip", None, cost_field="tokens")
+    with pytest.raises(SettingsError, match="the log has no column tokens"):
+        parser_of("csv", "ip", None, header=csv_columns(CSV_HEADER), cost_field="tokens")
+    with pytest.raises(NoAddress):
+        parse('{"time":1700000000,"ip":"nowhere","path":"/","usage":{"total_tokens":1}}')

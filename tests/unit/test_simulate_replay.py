@@ -424,3 +424,24 @@ default_tier = "free"
     # The customer's month begins on the 16th.
     month = parse_timestamp("2023-11-16T00:00:00Z", "at")
     assert replay_of(AT, end, month - 1, month, month) == [0, 0, 1, 1, 2]
+
+
+def test_costs_are_charged() -> None:
+    policy = """
+    [[tiers]]
+    name = "free"
+      [[tiers.rules]]
+      name = "tokens"
+      endpoint = "/a"
+      algorithm = "fixed_window"
+      limits = ["1000/day", "3 concurrent"]
+      [[tiers.rules]]
+      name = "log-in"
+      endpoint = "/login"
+      limits = ["5/minute"]
+      count = "failures"
+    """
+    replay = replayed([ask("/a")._replace(cost=cost) for cost in (600, 500, 0, 400, 1)], policy)
+    tally = replay.tallies[("free", "tokens")]
+    assert (tally.allowed, tally.blocked, tally.allowed_units, tally.blocked_units) == (3, 2, 1000, 501)
+    assert replay.in_progress == ["free: log-in", "free: tokens"]

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.moments import PATIENCE_S
+from tests.servers import forked
 from tidegate.errors import PolicyError, SettingsError
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings_loader import load_settings
@@ -35,8 +37,11 @@ tier = "public"
 
 
 def run(*arguments: str, directory: Path, command: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """A command as a shell starts it; `command` goes behind it, such as a pipe."""
+    """A command as a shell starts it; `command` goes behind it, such as a pipe. Without one, and without variables that the
+    interpreter reads, no shell is needed, and the process is forked."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TIDEGATE_", "PYTHON", "COLUMNS"))}
+    if not command and not any(name.startswith("PYTHON") for name in environment):
+        return forked.run_for_bytes(arguments, PATIENCE_S, directory, clean | environment)
     line = ["bash", "-o", "pipefail", "-c", f'"$@" {command}', "-", sys.executable, "-m", "tidegate", *arguments]
     return subprocess.run(line, cwd=directory, env=clean | environment, capture_output=True, timeout=60, check=False)
 

@@ -6,6 +6,7 @@ open no database do not load SQLAlchemy.
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from typing import Annotated, Any, Final
@@ -50,7 +51,12 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         if cmd_name in COMMANDS and cmd_name not in self.commands:
             module, _, attribute = COMMANDS[cmd_name].partition(":")
-            command = getattr(import_module(module), attribute)
+            # Nothing that is imported is garbage; to look for it takes a tenth of the time of a short command.
+            gc.disable()
+            try:
+                command = getattr(import_module(module), attribute)
+            finally:
+                gc.enable()
             wrapper = typer.Typer(add_completion=False, rich_markup_mode=None)
             if isinstance(command, typer.Typer):
                 wrapper.add_typer(command, name=cmd_name)

@@ -24,6 +24,7 @@ from tidegate.client.clients import AsyncClient, Client
 from tidegate.client.core import OnFailure
 from tidegate.client.holds import AsyncClientHold, ClientHold, HeldAnswer
 from tidegate.client.limit_headers import LimitHeaders, Quota, read_limit_headers
+from tidegate.client.reservations import ReservedAnswer
 from tidegate.wire import LimitRequest, RuleUsageBody, UsageBody, WindowUsageBody
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LimitRequest",
     "OnFailure",
     "Quota",
+    "ReservedAnswer",
     "RuleUsageBody",
     "UsageBody",
     "WindowUsageBody",

@@ -1,10 +1,8 @@
-"""`Client` for blocking code, `AsyncClient` for asyncio. Both run the steps of `core`; only sending and sleeping differ."""
+"""`Client` for blocking code, `AsyncClient` for asyncio. Both run the steps of `core`; only sending and waiting differ."""
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
@@ -15,7 +13,8 @@ from tidegate.client.bodies import limit_texts
 from tidegate.client.connections import AsyncConnections, Connections
 from tidegate.client.core import BREAKER, TOKEN_HEADER, ClientCore, OnFailure
 from tidegate.client.holds import AsyncClientHold, ClientHold, hold_request
-from tidegate.client.steps import Pause, Steps
+from tidegate.client.reserving import AsyncReservingClient, ReservingClient
+from tidegate.client.steps import Steps
 from tidegate.decision import Check
 from tidegate.errors import TidegateError
 from tidegate.policy.paths import DEFERRED
@@ -24,7 +23,7 @@ from tidegate.wire import LimitRequest, UsageBody
 T = TypeVar("T")
 
 
-class Client:
+class Client(ReservingClient):
     """Client of Tidegate servers for blocking code. Thread-safe: use one for the whole program.
 
         client = Client("http://127.0.0.1:8080")
@@ -219,41 +218,6 @@ class Client:
         """
         return self._run(self._core.usage(api_key, ip, attributes, tier))
 
-    def wait(
-        self,
-        path: str,
-        method: str = "GET",
-        *,
-        api_key: str | None = None,
-        ip: str | None = None,
-        cost: int = 1,
-        attributes: Mapping[str, str] | None = None,
-        tier: str | None = None,
-        bearer: str | None = None,
-        at_most_s: float = 30.0,
-    ) -> Answer:
-        """Repeat a check until it is allowed, each time after `retry_after` plus jitter.
-
-        Args:
-            path: this and the next seven as for `check`.
-            method: HTTP method of the request.
-            api_key: API key of the caller.
-            ip: address of the caller.
-            cost: units.
-            attributes: what else is known of the caller.
-            bearer: JSON Web Token of the caller.
-            at_most_s: maximum total wait, s.
-
-        Returns:
-            The answer that allows the request; or the last denial, without further waiting, if its `retry_after` exceeds the
-            remaining time or is None because the cost exceeds the limit.
-
-        Raises:
-            TidegateError: as for `check`.
-        """
-        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
-        return self._run(self._core.wait(check, at_most_s, bearer))
-
     def close(self) -> None:
         """Close all connections. The client cannot be used afterwards."""
         self._connections.close()
@@ -271,17 +235,13 @@ class Client:
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Pause):
-                    time.sleep(step.seconds)
-                    step = steps.send(None)
-                else:
-                    step = steps.send(self._connections.send(step))
+                step = steps.send(self._connections.send(step))
         except StopIteration as done:
             result: T = done.value
             return result
 
 
-class AsyncClient:
+class AsyncClient(AsyncReservingClient):
     """Client of Tidegate servers for asyncio. Use one for the whole program, within one event loop.
 
         async with AsyncClient("http://127.0.0.1:8080") as client:
@@ -304,6 +264,7 @@ class AsyncClient:
         token_header: str = TOKEN_HEADER,
     ) -> None:
         self._core = ClientCore(urls, deadline_s, on_failure, breaker, max_connections, token, token_header)
+        super().__init__()
         self._connections = AsyncConnections(max_connections, keepalive_s, _tls_context(self._core, ssl_context))
 
     async def check(
@@ -371,23 +332,6 @@ class AsyncClient:
         """As `Client.usage`."""
         return await self._run(self._core.usage(api_key, ip, attributes, tier))
 
-    async def wait(
-        self,
-        path: str,
-        method: str = "GET",
-        *,
-        api_key: str | None = None,
-        ip: str | None = None,
-        cost: int = 1,
-        attributes: Mapping[str, str] | None = None,
-        tier: str | None = None,
-        bearer: str | None = None,
-        at_most_s: float = 30.0,
-    ) -> Answer:
-        """As `Client.wait`."""
-        check = Check.of(path, method, api_key, ip, cost, DEFERRED, attributes=attributes, tier=tier)
-        return await self._run(self._core.wait(check, at_most_s, bearer))
-
     async def close(self) -> None:
         """As `Client.close`."""
         await self._connections.close()
@@ -405,11 +349,7 @@ class AsyncClient:
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Pause):
-                    await asyncio.sleep(step.seconds)
-                    step = steps.send(None)
-                else:
-                    step = steps.send(await self._connections.send(step))
+                step = steps.send(await self._connections.send(step))
         except StopIteration as done:
             result: T = done.value
             return result

@@ -16,7 +16,7 @@ from tidegate._version import __version__
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
 from tidegate.client.bodies import batches, check_body, limit_body, usage_query
-from tidegate.client.steps import HttpRequest, Pause, Reply, Steps, TransportFailure
+from tidegate.client.steps import HttpRequest, Reply, Steps, TransportFailure
 from tidegate.decision import Check, canonical_ip, clip
 from tidegate.errors import (
     ApiKeyExpired,
@@ -31,15 +31,16 @@ from tidegate.errors import (
     LimiterUnavailable,
     MissingApiKey,
     RequestTooLarge,
+    ReservationNotFound,
     SettingsError,
     StoreUnavailable,
     TidegateError,
     TokenKeysUnavailable,
     TooManyHolds,
+    TooManyReservations,
     TooManyTokens,
     TooManyUnknownKeys,
 )
-from tidegate.retry_pause import checked_wait_s, retry_pause_s
 from tidegate.server_url import Server
 from tidegate.wire import DecisionBody, LimitRequest, UsageBody
 
@@ -64,6 +65,7 @@ _ERRORS: Final[dict[str, type[TidegateError]]] = {
             HoldEnded,
             HoldNotFound,
             TooManyHolds,
+            *(ReservationNotFound, TooManyReservations),
             *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
             *(ApiKeyRevoked, ApiKeyExpired, Blocked, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
             *(InvalidToken, TooManyTokens, TokenKeysUnavailable),
@@ -253,16 +255,6 @@ class ClientCore:
             raise result
         return result
 
-    def wait(self, check: Check, at_most_s: float, bearer: str | None = None) -> Steps[Answer]:
-        """Steps of a check that is repeated until it is allowed; see `Client.wait`."""
-        give_up_at = monotonic() + checked_wait_s(at_most_s)
-        while True:
-            answer = yield from self.check(check, bearer)
-            pause_s = None if answer.allowed else retry_pause_s(answer.retry_after, give_up_at - monotonic())
-            if pause_s is None:
-                return answer
-            yield Pause(pause_s)
-
     def _send(
         self,
         method: bytes,
@@ -306,7 +298,6 @@ class ClientCore:
             # Connecting may take only a share of the time, so that there is some left for the next server.
             connect_deadline = now + (deadline - now) / (len(self._endpoints) - index)
             reply = yield HttpRequest(endpoint.server, method, target, headers, body, connect_deadline, deadline)
-            assert reply is not None
             result = reply if isinstance(reply, TransportFailure) else _parse_reply(reply, read)
             self._record(endpoint, result if isinstance(result, TransportFailure) else None)
             if isinstance(result, CatalogUnavailable):

@@ -1,4 +1,4 @@
-"""The steps that the client's core yields to its driver: send a request, or wait. No I/O here."""
+"""The steps that the client's core yields to its driver: send a request. No I/O here."""
 
 from __future__ import annotations
 
@@ -41,15 +41,6 @@ class HttpRequest:
         self.deadline = deadline
 
 
-class Pause:
-    """A wait of `seconds`."""
-
-    __slots__ = ("seconds",)
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-
 class Reply:
     """An HTTP response of a server; header names as received."""
 
@@ -80,5 +71,5 @@ class TransportFailure:
 
 T = TypeVar("T")
 
-Steps = Generator[HttpRequest | Pause, Reply | TransportFailure | None, T]
-"""A generator that yields steps, receives the result of each (None for a pause), and returns the result of the call."""
+Steps = Generator[HttpRequest, Reply | TransportFailure, T]
+"""A generator that yields steps, receives the result of each, and returns the result of the call."""

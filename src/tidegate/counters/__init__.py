@@ -194,6 +194,8 @@ class LeaseGrantor(CounterStore, Protocol):
         on_late_grant: called with a charge, its late answer and when it was sent, monotonic µs.
         on_reset: called when counters were reset, here or elsewhere.
         denial_ttl_us: how long a denial may be remembered, µs: units that others give back may end it earlier.
+        lease_usage: returns the units of some counters that were used from leases since the store last decided a charge of them.
+        take_lease_usage: the same; called where the store counts them from now on.
     """
 
     instances: int
@@ -201,6 +203,8 @@ class LeaseGrantor(CounterStore, Protocol):
     on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None
     on_reset: Callable[[], None] | None
     denial_ttl_us: int | None
+    lease_usage: Callable[[Counters], int] | None
+    take_lease_usage: Callable[[Counters], int] | None
 
     def grants(self, counters: tuple[tuple[LimitSet, str], ...]) -> bool:
         """Whether it can grant a lease on these counters, all or none."""

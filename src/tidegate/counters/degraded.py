@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from tidegate.breaker import Breaker, BreakerOptions
-from tidegate.counters import Charge, ChargeOutcome, GrantingDecision, LateAnswer
+from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LateAnswer
 from tidegate.counters.denial_cache import DenialCache
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.late_answers import RETRY_US, LateAnswers
@@ -64,6 +64,8 @@ class DegradedDecisions:
         self._cleared_us = 0
         self.denial_ttl_us: int | None = None
         self.on_late_grant: Callable[[Charge, GrantingDecision, int], None] | None = None
+        self.lease_usage: Callable[[Counters], int] | None = None
+        self.take_lease_usage: Callable[[Counters], int] | None = None
 
     def _remember_denial(self, charge: Charge, decision: Decision, started_us: int) -> None:
         # Slots are freed when requests end, and a success clears: a denial because none was free is not remembered.
@@ -137,7 +139,8 @@ class DegradedDecisions:
         return outcome
 
     def _may_admit(self, charge: Charge) -> bool:
-        return self.late.may_admit(charge, self.instances, self._local.used(charge, self.instances))
+        leased = 0 if self.lease_usage is None or self.instances == 1 else self.lease_usage(charge.counters)
+        return self.late.may_admit(charge, self.instances, self._local.used(charge, self.instances), leased)
 
     def _answered_late(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
         """A reply after the deadline, or the error that none will come."""
@@ -175,6 +178,9 @@ class DegradedDecisions:
         ):
             # What this instance admitted before is neither in its share nor known to be in the store: admit no more now.
             return self._within(charge, 0)
+        if self.take_lease_usage is not None and (used := self.take_lease_usage(charge.counters)):
+            # Charged in a store that may be lost: a lease and a share together admit no more than a share alone.
+            self._local.count(charge, used, self.instances)
         remained = self.late.remaining(charge.counters)
         if remained is None:
             return self._local.charge(charge, self.instances)

@@ -82,6 +82,27 @@ class LocalShares:
             overage=decision.overage,
         )
 
+    def count(self, charge: Charge, units: int, instances: int) -> None:
+        """Let units that the store has charged already use up the shares until it decides a charge; they are not owed.
+
+        Args:
+            charge: for its counters.
+            units: 1 or more.
+            instances: how many share the limits, 1 or more.
+        """
+        self._instances = instances
+        now = self._clock()
+        for limits, subject in charge.counters:
+            share, decide = self._share(limits, instances), DECIDE[limits.algorithm]
+            self._counters.add(share, subject, [decide(each, None, now, min(units, each.capacity))[0] for each in share.limits])
+            left = self._counters.charge_all(((share, subject),), 0)
+            self._await_answer(_debt(limits, subject), left.reset_after_us)
+
+    def _await_answer(self, debt: _Debt, reset_after_us: int) -> None:
+        self.unanswered[debt] = max(self._clock() + reset_after_us, self.unanswered.get(debt, 0))
+        while len(self.unanswered) > self._max_subjects:
+            self.unanswered.popitem(last=False)
+
     def used(self, charge: Charge, instances: int) -> int:
         """Units of the shares that are used up, of the limit with the least left.
 
@@ -173,9 +194,7 @@ class LocalShares:
         states = self._debts.take(self._share(limits, 1), subject)
         if states is not None:
             left = self._counters.charge_all(((self._share(limits, self._instances), subject),), 0)
-            self.unanswered[debt] = self._clock() + left.reset_after_us
-            while len(self.unanswered) > self._max_subjects:
-                self.unanswered.popitem(last=False)
+            self._await_answer(debt, left.reset_after_us)
         return states
 
     def answered(self, counters: Counters) -> None:

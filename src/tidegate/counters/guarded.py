@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from threading import get_ident
-from typing import Final
+from typing import Final, TypeVar
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LateAnswer, LeaseReturn
@@ -31,7 +31,7 @@ from tidegate.counters.guarded_holds import GuardedHolds
 from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.counters.reservations import Reservation, decided_now
+from tidegate.counters.reservations import Reservation, ReservationHandle, decided_now
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.latency import LatencyHistogram
@@ -43,6 +43,7 @@ _SWEEP_STEPS: Final = 2000
 _RECOVER_S: Final = 0.25
 _LAST_ANSWERS_S: Final = 0.5
 """How long shutdown waits for late replies."""
+_Placed = TypeVar("_Placed")
 
 
 class GuardedCounters(DegradedDecisions):
@@ -235,26 +236,44 @@ class GuardedCounters(DegradedDecisions):
 
     async def reserve(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
         """See `ReservingCounterStore.reserve`; during an outage the fallback decides whether the caller may go now."""
+        return await self._reserve(Charge(counters, cost), lambda: self.store.reserve(counters, cost, ahead_us))
+
+    async def reserve_named(
+        self, counters: Counters, cost: int, ahead_us: int
+    ) -> tuple[Reservation, ReservationHandle | None] | None:
+        """See `NamedReservingStore.reserve_named`; during an outage as `reserve`."""
+        placed = await self._reserve(Charge(counters, cost), lambda: self.store.reserve_named(counters, cost, ahead_us))
+        return (placed, None) if isinstance(placed, Reservation) else placed
+
+    async def _reserve(self, charge: Charge, reserve: Callable[[], Awaitable[_Placed]]) -> _Placed | Reservation:
         if self._loop is not asyncio.get_running_loop():
             await self.start()
-        charge = Charge(counters, cost)
         if self.breakers or self._local.owed or self.late.prepaid or self._debts.on_the_way:
             outcome = (await self._charge_many((charge,)))[0]
         else:
             self.store_calls += 1
             try:
-                return await self.store.reserve(counters, cost, ahead_us)
+                return await reserve()
             except StoreUnavailable as error:
                 outcome = self._failed(charge, error, now_us())
         if isinstance(outcome, StoreUnavailable):
             raise outcome
-        return decided_now(outcome, counters, cost)
+        return decided_now(outcome, charge.counters, charge.cost)
 
     async def release(self, reservation: Reservation) -> bool:
         """See `ReservingCounterStore.release`; all instances drop their remembered denials within a second."""
         if self._loop is not asyncio.get_running_loop():
             await self.start()
-        whole = await self.store.release(reservation)
+        return await self._after_release(self.store.release(reservation))
+
+    async def release_named(self, handle: ReservationHandle) -> bool:
+        """See `NamedReservingStore.release_named`; remembered denials as for `release`."""
+        if self._loop is not asyncio.get_running_loop():
+            await self.start()
+        return await self._after_release(self.store.release_named(handle))
+
+    async def _after_release(self, release: Awaitable[bool]) -> bool:
+        whole = await release
         self._clear_remembered()
         await heartbeat.announce_reset(self.store)
         return whole

@@ -29,6 +29,8 @@ MAX_HOLDS: Final = 100_000
 ID_BYTES: Final = 12
 MAX_ID: Final = 8192
 """Most characters of an id: one that names 64 limits with the names of their counters is shorter."""
+MAX_NAME: Final = 1024
+"""Most characters of a name or subject in an id."""
 SETTLED_KNOWN_US: Final = 120_000_000
 """How long a settled hold is known at least, µs; the same number is in the Lua."""
 EXPIRED_KNOWN_US: Final = 3_600_000_000
@@ -51,6 +53,37 @@ class HeldCounter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     record: bytes
 
 
+class HoldAccount(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where the ledger counts what a hold is charged in the end. Empty texts for none.
+
+    Args:
+        tier: of the rule.
+        subject: that the rule counted.
+        key_id: public id of the API key.
+        customer: name of the customer.
+        overage: units of the reservation above a quota or a soft limit.
+        whole: whether the reserved cost is charged whatever the settlement says: of a rule that counts failures.
+    """
+
+    tier: str
+    subject: str
+    key_id: str = ""
+    customer: str = ""
+    overage: int = 0
+    whole: bool = False
+
+    def units_of(self, cost: int, used: int) -> tuple[int, int]:
+        """Units that count as admitted, and those of them above a quota or a soft limit.
+
+        Args:
+            cost: units that the hold reserved.
+            used: units that its settlement charged.
+        """
+        units = cost if self.whole else used
+        # What goes back is taken from the units above the limit first; what was used beyond them is above it too.
+        return units, max(self.overage + units - cost, 0) if self.overage else 0
+
+
 class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the id of a hold says.
 
@@ -61,6 +94,7 @@ class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         parts: its counters in Redis, those of one server together; none where the store finds it by its id alone.
         counted: whether the store knows the hold. One that nothing limits, or that was opened while the store was unavailable,
             ends without effect: what the fallback admitted stays charged.
+        account: where the ledger counts it; None where it counts nothing more.
     """
 
     id: str
@@ -68,6 +102,7 @@ class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     rule: str | None = None
     parts: tuple[tuple[HeldCounter, ...], ...] = ()
     counted: bool = True
+    account: HoldAccount | None = None
 
     @property
     def text(self) -> str:
@@ -119,9 +154,16 @@ def _is_plausible(handle: HoldHandle) -> bool:
     return (
         _ID.fullmatch(handle.id) is not None
         and 0 <= handle.cost <= MAX_AMOUNT
+        and len(handle.rule or "") <= MAX_NAME
+        and (handle.account is None or _is_plausible_account(handle.account))
         and all(handle.parts)
         and all(_TAG.fullmatch(each.tag) and _NAME.fullmatch(each.name) for each in counters)
     )
+
+
+def _is_plausible_account(account: HoldAccount) -> bool:
+    texts = (account.tier, account.subject, account.key_id, account.customer)
+    return 0 <= account.overage <= MAX_AMOUNT and all(len(each) <= MAX_NAME and each.isprintable() for each in texts)
 
 
 def new_id() -> str:

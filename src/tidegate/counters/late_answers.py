@@ -12,9 +12,9 @@ What is admitted at a deadline has to be so little that the store will most prob
 do at the same time. Each reply says what remains; while that is less than half of the limit it is remembered. At a deadline an
 instance admits, beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that
 quarter is a reserve for what other instances may have used since; where they used more, by the last two answers, twice as much as
-they use in the time since is the reserve. Where nothing is remembered, half of the limit was left at
-the last reply, if there was one: then it is a share of a quarter of the limit, and one check in any case. A single instance
-needs no reserve.
+they use in the time since is the reserve; where this instance used leases since, twice what it used for each of the others. Where
+nothing is remembered, half of the limit was left at the last reply, if there was one: then it is a share of a quarter of the
+limit, and one check in any case. A single instance needs no reserve.
 """
 
 from __future__ import annotations
@@ -115,17 +115,19 @@ class LateAnswers:
         sent_us = now_us if sent_us is None else sent_us
         self._scarce[counters] = _Scarce(until_us, remaining, window_until_us, sent_us, at_us, rate)
 
-    def may_admit(self, charge: Charge, instances: int, uncharged: int = 0) -> bool:
+    def may_admit(self, charge: Charge, instances: int, uncharged: int = 0, leased: int = 0) -> bool:
         """Whether a check may pass at its deadline.
 
         Args:
             instances: how many share the limits, 1 or more.
             uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
+            leased: units that it used from leases since then. The answer is as old as they are: each other instance may have used
+                twice as many in that time, and nobody knows whether a store that is lost now had charged them.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
-        outstanding = self._outstanding.get(charge.counters, 0) + uncharged
+        outstanding = self._outstanding.get(charge.counters, 0) + uncharged + leased
         # A single instance knows of all usage.
-        reserve = capacity // 4 if instances > 1 else 0
+        reserve = max(capacity // 4, 2 * leased * (instances - 1)) if instances > 1 else 0
         known = self._scarce.get(charge.counters)
         if known is not None and known.until_us > (now_us := self._now_us()):
             if instances > 1:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from tidegate.counters import Charge, Counters, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters.lease_usage import LeaseUsage
 from tidegate.decision import Decision
 from tidegate.policy.limits import Limit, LimitSet
 
@@ -33,6 +34,7 @@ MIN_CHECKS: Final = 2
 MAX_WANT: Final = 1_000_000
 _LOW: Final = 4
 """A lease of which less than this part remains is renewed."""
+_USAGE_STEPS: Final = 200
 _ENDS_SOON_NS: Final = 150_000_000
 """Leases that end within this time are renewed if they are used, else given up: a bucket takes nothing back afterwards."""
 
@@ -44,6 +46,7 @@ class Lease:
         "at_us",
         "base",
         "binding",
+        "counted",
         "counters",
         "ends_us",
         "expires_ns",
@@ -86,6 +89,8 @@ class Lease:
     unit_us: int
     """How much sooner that is for each unit that is not: of a bucket."""
     session: object
+    counted: int
+    """Units of those used that were counted elsewhere by `take_usage`."""
     next: Lease | None
     renewing: bool
     swept_left: int
@@ -129,6 +134,7 @@ class LeaseTable:
         # By hash: subjects that share one are leased a little early.
         self._demand: dict[int, tuple[int, int, int]] = {}
         self._cleared_ns = 0
+        self._usage = LeaseUsage(max_subjects)
 
     @property
     def units(self) -> int:
@@ -209,6 +215,37 @@ class LeaseTable:
             self._demand.clear()
         self._demand[key] = (epoch, checks + 1, want)
 
+    def confirm(self, counters: Counters) -> None:
+        """Note that the store decided a charge, so that it has not lost what was used from earlier leases.
+
+        Args:
+            counters: of the charge.
+        """
+        if self._usage:
+            self._usage.forget(counters)
+
+    def usage(self, counters: Counters) -> int:
+        """Units used from leases since the store last decided a charge of these counters, and not counted by `take_usage`.
+
+        All that was used of a lease that is current counts: when the store was lost is not known.
+        """
+        units = self._usage.units(counters, self._clock_ns())
+        lease = self.leases.get(counters)
+        while lease is not None:
+            units += lease.granted - lease.left - lease.counted
+            lease = lease.next
+        return units
+
+    def take_usage(self, counters: Counters) -> int:
+        """As `usage`; the caller counts the units from now on."""
+        units = self.usage(counters)
+        self._usage.forget(counters)
+        lease = self.leases.get(counters)
+        while lease is not None:
+            lease.counted = lease.granted - lease.left
+            lease = lease.next
+        return units
+
     def want_later(self, counters: Counters, cost: int, now_ns: int) -> None:
         """As `request`, for a check that is one of several: the lease is asked for by itself, through `renewals`."""
         if self.request(counters, cost, now_ns) is not None:
@@ -240,6 +277,7 @@ class LeaseTable:
                 self._forget_request(counters)
             return
         self._forget_request(counters)
+        self._usage.forget(counters)
         self.leased += decision.granted
         now_ns = self._clock_ns()
         lease = self._lease_of(counters, decision, sent_ns, now_ns, session)
@@ -287,6 +325,7 @@ class LeaseTable:
                     self._drop(lease, now_ns)
                 elif not lease.renewing:
                     self._renew(lease, now_ns)
+        self._usage.sweep(now_ns, _USAGE_STEPS)
         for counters in list(self._pending)[:steps]:
             if now_ns - self._pending[counters][1] >= self._ttl_us * 1000:
                 self._forget_request(counters)
@@ -316,6 +355,7 @@ class LeaseTable:
         for each in self.returns[kept:]:
             self.lost += each.unused
         del self.returns[kept:]
+        self._usage.forget_where(lambda limits, subject: (limits.name, limits.algorithm, subject) in names)
 
     def unused(self, limits: LimitSet, subject: str) -> int:
         """Units of a counter that are leased here and not used."""
@@ -379,7 +419,7 @@ class LeaseTable:
         lease.base = max((decision.remaining or 0) - decision.granted, 0)
         lease.binding, lease.limits = decision.binding, decision.limits
         lease.reset_at_us = decision.at_us + decision.reset_after_us
-        lease.unit_us, lease.next, lease.renewing = 0, None, False
+        lease.unit_us, lease.next, lease.renewing, lease.counted = 0, None, False, 0
         limits, binding = decision.limits, decision.binding
         if limits is not None and limits.algorithm.is_bucket and binding is not None and binding in limits.limits:
             lease.unit_us = binding.window_us // binding.amount
@@ -405,6 +445,9 @@ class LeaseTable:
                 self.leases[counters] = lease.next
             else:
                 del self.leases[counters]
+        if used > lease.counted:
+            until_ns = lease.received_ns + (lease.reset_at_us - lease.at_us) * 1000
+            self._usage.add(counters, used - lease.counted, until_ns)
         for subject in {subject for _, subject in counters}:
             own = self._by_subject[subject]
             own.remove(lease)

@@ -27,6 +27,7 @@ from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision,
 from tidegate.counters.adjustments import adjusting
 from tidegate.counters.holds import HoldHandle, HoldSettlement, holding
 from tidegate.counters.lease_table import LeaseTable, covers
+from tidegate.counters.reservations import Reservation, ReservationHandle, naming_reservations, not_found
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import LimitSet
@@ -64,6 +65,7 @@ class LeasedCounters:
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
+        store.lease_usage, store.take_lease_usage = self.table.usage, self.table.take_usage
         store.denial_ttl_us = round(ttl_s * 1e6)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -94,12 +96,15 @@ class LeasedCounters:
             return (decision,)
         self._start()
         if not covers(charge) or not self.store.grants(charge.counters):
-            return [self._with_unused(charge, outcome) for outcome in await self.store.charge(charges)]
+            outcomes = await self.store.charge(charges)
+            self._confirm(charge, outcomes[0])
+            return [self._with_unused(charge, outcomes[0])]
         sent_ns = time.monotonic_ns()
         request = self.table.request(charge.counters, charge.cost, sent_ns)
         if request is None:
             outcomes = await self.store.charge(charges)
             self.table.answered(charge.counters)
+            self._confirm(charge, outcomes[0])
             return outcomes
         charge = Charge(charge.counters, charge.cost, request)
         outcomes = await self.store.charge((charge,))
@@ -121,6 +126,20 @@ class LeasedCounters:
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         await holding(self.store).renew_hold(handle, ttl_us)
+
+    async def reserve_named(
+        self, counters: Counters, cost: int, ahead_us: int
+    ) -> tuple[Reservation, ReservationHandle | None] | None:
+        """See `NamedReservingStore.reserve_named`: from the store, never from a lease."""
+        store = naming_reservations(self.store)
+        return None if store is None else await store.reserve_named(counters, cost, ahead_us)
+
+    async def release_named(self, handle: ReservationHandle) -> bool:
+        """See `NamedReservingStore.release_named`."""
+        store = naming_reservations(self.store)
+        if store is None:
+            raise not_found()
+        return await store.release_named(handle)
 
     async def adjust(self, counters: Counters, units: int) -> Decision:
         """See `AdjustingCounterStore.adjust`; leases stay as they are."""
@@ -200,9 +219,15 @@ class LeasedCounters:
             for place, outcome in zip(undecided, decided, strict=True):
                 charge = charges[place]
                 outcomes[place] = self._with_unused(charge, outcome)
+                self._confirm(charge, outcome)
                 if covers(charge):
                     self.table.answered(charge.counters)
         return [outcome for outcome in outcomes if outcome is not None]
+
+    def _confirm(self, charge: Charge, outcome: ChargeOutcome) -> None:
+        # A denial may be one that is remembered, an answer of before the store was lost.
+        if isinstance(outcome, Decision) and outcome.allowed and not outcome.degraded:
+            self.table.confirm(charge.counters)
 
     def _with_unused(self, charge: Charge, outcome: ChargeOutcome) -> ChargeOutcome:
         """The answer to a peek: what this instance has leased is still left to its callers."""

@@ -83,14 +83,11 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
         """
         if self.watch is not None and cost and self.watch.watches(counters):
             return self._charge_watched(self.watch, counters, cost)
-        if len(counters) == 2:
-            return self._charge_two(counters, cost)
-        if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
-            return self.charge_one(counters[0][0], counters[0][1], cost)
-        return self._charge_several(counters, cost)
-
-    def _charge_two(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
-        """Two counters, as those of a rule and its tier. Costs two thirds of `_charge_several` where each has one limit."""
+        if len(counters) != 2:
+            if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
+                return self.charge_one(counters[0][0], counters[0][1], cost)
+            return self._charge_several(counters, cost)
+        # Two counters, as those of a rule and its tier: two thirds of the cost of `_charge_several` where each has one limit.
         (limits, subject), (other_limits, other_subject) = counters
         try:
             compiled, other = self._compiled[limits], self._compiled[other_limits]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Callable
 from typing import Any
 
 from tidegate.algorithms import AlgorithmResult
 from tidegate.algorithms.reservations import followed, released, reserved
 from tidegate.counters import Counters
+from tidegate.counters.holds import new_id
 from tidegate.counters.memory_storage import SWEEP_STEPS, CompiledLimits, MemoryStorage
-from tidegate.counters.reservations import Reservation
+from tidegate.counters.reservations import MAX_NAMED, Reservation, ReservationHandle, not_found
 from tidegate.decision import Decision
+from tidegate.errors import TooManyReservations
 
 
 class _Loaded:
@@ -29,8 +33,51 @@ class _Loaded:
         return [decide(limit, state, now, cost) for limit, state in zip(limits, self.states, strict=True)]
 
 
+class _NamedReservations:
+    """Reservations by id, until their moments. At most `MAX_NAMED`."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Reservation | bool] = {}
+        self._moments: list[tuple[int, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def make_room(self, now: int) -> None:
+        """Forget those whose moments have come; raises TooManyReservations if no room is left."""
+        while self._moments and self._moments[0][0] <= now:
+            del self._by_id[heapq.heappop(self._moments)[1]]
+        if len(self._by_id) >= MAX_NAMED:
+            raise TooManyReservations(
+                f"{MAX_NAMED} reservations wait for their moments, as many as counters in memory remember: reserve less far "
+                "ahead, or count in Redis (counters.url)"
+            )
+
+    def add(self, reservation: Reservation) -> ReservationHandle:
+        handle = ReservationHandle(new_id(), reservation.cost, reservation.at_us)
+        self._by_id[handle.id] = reservation
+        heapq.heappush(self._moments, (reservation.at_us, handle.id))
+        return handle
+
+    def release(self, handle: ReservationHandle, release: Callable[[Reservation], bool]) -> bool:
+        known = self._by_id.get(handle.id)
+        if known is None:
+            raise not_found()
+        if isinstance(known, Reservation):
+            known = self._by_id[handle.id] = release(known)
+        return known
+
+    def clear(self) -> None:
+        self._by_id.clear()
+        self._moments.clear()
+
+
 class MemoryReservations(MemoryStorage):
-    """`ReservingCounterStore` in memory. Parameters: see `MemoryCounters`."""
+    """`ReservingCounterStore` and `NamedReservingStore` in memory. Parameters: see `MemoryCounters`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._named = _NamedReservations()
 
     async def reserve(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
         """See `ReservingCounterStore.reserve`."""
@@ -39,6 +86,21 @@ class MemoryReservations(MemoryStorage):
     async def release(self, reservation: Reservation) -> bool:
         """See `ReservingCounterStore.release`."""
         return self._release(reservation)
+
+    async def reserve_named(self, counters: Counters, cost: int, ahead_us: int) -> tuple[Reservation, ReservationHandle | None]:
+        """See `NamedReservingStore.reserve_named`."""
+        self._named.make_room(self._clock())
+        place = self._reserve(counters, cost, ahead_us)
+        return place, self._named.add(place) if place.wait_s and cost else None
+
+    async def release_named(self, handle: ReservationHandle) -> bool:
+        """See `NamedReservingStore.release_named`."""
+        return self._clock() < handle.at_us and self._named.release(handle, self._release)
+
+    def clear(self) -> None:
+        """See `MemoryStorage.clear`."""
+        super().clear()
+        self._named.clear()
 
     def _reserve(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
         now = self._clock()

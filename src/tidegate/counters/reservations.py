@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import datetime
+import re
 from collections.abc import Sequence
-from typing import Final, Protocol, runtime_checkable
+from functools import lru_cache
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 import msgspec
 
 from tidegate.algorithms.reservations import RESERVABLE
 from tidegate.counters import Counters
-from tidegate.decision import Decision
-from tidegate.policy.limits import LimitSet
+from tidegate.decision import Decision, clip
+from tidegate.errors import BadRequest, ReservationNotFound
+from tidegate.policy.limits import MAX_AMOUNT, LimitSet
 from tidegate.timestamps import US_PER_S
 
 MAX_AHEAD_US: Final = 366 * 86_400 * US_PER_S
 """How far ahead a moment may be, µs."""
+MAX_ID: Final = 8192
+"""Most characters of an id."""
+MAX_NAMED: Final = 100_000
+"""Most reservations with an id in memory whose moments have not come."""
 
 
 class Reservation(msgspec.Struct, frozen=True, gc=False):
@@ -111,3 +120,136 @@ def decided_now(decision: Decision, counters: Counters, cost: int) -> Reservatio
 def ahead_us_of(at_most_s: float) -> int:
     """How far ahead a moment may be, µs, for a caller that waits so long at most."""
     return MAX_AHEAD_US if at_most_s >= MAX_AHEAD_US / US_PER_S else int(at_most_s * US_PER_S)
+
+
+class ReservedCounter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A counter in Redis that a reservation charged.
+
+    Args:
+        tag: hash tag of its subject.
+        name: the rest of its key.
+        parameters: of its limits, as the scripts take them.
+    """
+
+    tag: bytes
+    name: bytes
+    parameters: bytes
+
+
+class ReservationHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the id of a reservation says, so that any instance can cancel it.
+
+    An id alone gives nothing back: the store remembers each reservation until its moment, under a digest of all but the moment.
+
+    Args:
+        id: 16 characters, drawn at random.
+        cost: units reserved.
+        at_us: its moment, µs since the epoch, by the store's clock.
+        counters: those in Redis; none for counters in memory, which find it by `id`.
+    """
+
+    id: str
+    cost: int
+    at_us: int
+    counters: tuple[ReservedCounter, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The id as callers have it: letters, digits, `-` and `_`."""
+        return base64.urlsafe_b64encode(_ENCODER.encode(self)).rstrip(b"=").decode()
+
+    @classmethod
+    def of(cls, text: object) -> ReservationHandle:
+        """Read an id.
+
+        Args:
+            text: as a caller sent it.
+
+        Returns:
+            The handle.
+
+        Raises:
+            BadRequest: if it is not an id of a reservation.
+        """
+        if type(text) is str and 0 < len(text) <= MAX_ID:
+            try:
+                handle = _DECODER.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
+            except (binascii.Error, ValueError, msgspec.MsgspecError):
+                pass  # refused below
+            else:
+                if _is_plausible(handle) and handle.text == text:
+                    return handle
+        raise BadRequest(
+            f"reservation {clip(text)} is not an id: send the value of 'reservation' in the answer of POST /v1/reserve",
+            field="reservation",
+        )
+
+
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{16}", re.ASCII)
+_TAG: Final = re.compile(rb"[^{}]{1,64}", re.DOTALL)
+_NAME: Final = re.compile(rb"[A-Za-z0-9+/]{8}")
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(ReservationHandle)
+
+
+def _is_plausible(handle: ReservationHandle) -> bool:
+    """Whether a handle could have been made here: what it names is looked up in the store."""
+    return (
+        _ID.fullmatch(handle.id) is not None
+        and 0 < handle.cost <= MAX_AMOUNT
+        and handle.at_us > 0
+        and all(_TAG.fullmatch(each.tag) and _NAME.fullmatch(each.name) for each in handle.counters)
+    )
+
+
+@runtime_checkable
+class NamedReservingStore(Protocol):
+    """A counter store that gives reservations with ids, by which any instance can cancel them."""
+
+    async def reserve_named(
+        self, counters: Counters, cost: int, ahead_us: int
+    ) -> tuple[Reservation, ReservationHandle | None] | None:
+        """As `ReservingCounterStore.reserve`.
+
+        Returns:
+            The reservation, and its handle; no handle where nothing can be cancelled: the caller may go now, has no place, or the
+            cost is 0. None where the counters lie on several shards.
+
+        Raises:
+            StoreUnavailable: if the store fails and the limits say deny.
+            TooManyReservations: if the counters are in memory, and `MAX_NAMED` reservations wait for their moments.
+        """
+        ...
+
+    async def release_named(self, handle: ReservationHandle) -> bool:
+        """Cancel a reservation before its moment; nothing more happens the second time.
+
+        Args:
+            handle: of `reserve_named`, here or on another instance.
+
+        Returns:
+            Whether all its units are available again, the second time as the first time; False after its moment.
+
+        Raises:
+            ReservationNotFound: if the store does not know it.
+            StoreUnavailable: if the store does not answer; it is safe to try again.
+        """
+        ...
+
+
+@lru_cache(maxsize=64)
+def _names_reservations(kind: type[Any]) -> bool:
+    return issubclass(kind, NamedReservingStore)
+
+
+def naming_reservations(store: object) -> NamedReservingStore | None:
+    """A counter store as one that gives reservations with ids; None where it gives none."""
+    is_one = _names_reservations(type(store))  # type: ignore[arg-type]  # mypy: classes are not hashable
+    return cast("NamedReservingStore", store) if is_one else None
+
+
+def not_found() -> ReservationNotFound:
+    """The error of an id that a store does not know."""
+    return ReservationNotFound(
+        "the reservation is not known: it was made on another counter store, or the store lost its data; nothing was given back"
+    )

@@ -60,11 +60,12 @@ class DefaultLimits:
             receive: see ASGI.
             send: see ASGI.
         """
-        if self._limits is not None:
+        limits, call = self._limits, None
+        if limits is not None:
             name = self._name_of(scope)
             if name is not None:
                 try:
-                    await self._limits.check(_connection(scope), name=name)
+                    call = await limits.begin(_connection(scope), name)
                 except RateLimitExceeded as error:
                     await refuse(scope, send, 429, [*error.limit_headers.items()], error.body())
                     return
@@ -82,7 +83,13 @@ class DefaultLimits:
                     message["headers"] = headers
             await send(message)
 
-        await app(scope, receive, send_with_headers)
+        if limits is None or call is None or call.hold is None:
+            await app(scope, receive, send_with_headers)
+            return
+        try:
+            await app(scope, receive, send_with_headers)
+        finally:
+            await limits.end(call)
 
     async def close(self) -> None:
         """Close the connections of its store."""

@@ -37,9 +37,10 @@ from tidegate.doors.http_requests import (
     read_check,
     read_usage_query,
 )
+from tidegate.doors.http_reserve import ReserveRequests, is_reserve
 from tidegate.doors.http_responses import JSON, Prepared, Response, StatusRecorder, authorize_response, error_response
 from tidegate.doors.key_sources import KeySources, bearer_key
-from tidegate.doors.plain_requests import plain_authorize, plain_check
+from tidegate.doors.plain_requests import authorize_layouts, facts_check, plain_authorize, plain_check
 from tidegate.doors.refusals import InternalError, NotFound
 from tidegate.doors.request_headers import read_attributes, single
 from tidegate.doors.responses import (
@@ -105,6 +106,7 @@ class DataPlane:
         self._gate = gate
         self._limits = LimitRequests(gate.request_limits, body_timeout_s)
         self._holds = HoldRequests(gate, body_timeout_s, paths)
+        self._reservations = ReserveRequests(gate, body_timeout_s, paths)
         self._pages = pages
         self._observe = observe
         self._trusted = trusted or TrustedProxies()
@@ -113,6 +115,7 @@ class DataPlane:
         self._paths = paths
         self._callers = callers
         self._keys = keys or KeySources()
+        self.layouts = authorize_layouts()
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -145,6 +148,8 @@ class DataPlane:
                 await self._limit(scope, proto)
             elif is_holds(path):
                 await self._hold(scope, proto)
+            elif is_reserve(path):
+                await self._reserve(scope, proto)
             elif path == "/v1/usage":
                 await self._usage(scope, proto)
             else:
@@ -187,7 +192,11 @@ class DataPlane:
                         if request.policy is policy:
                             check = request.check
                         else:
-                            check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
+                            facts = request.facts
+                            if facts is not None and policy.jwt is None and not policy.attributes:
+                                check = facts_check(request, facts, self._trusted, policy)
+                            if check is None:
+                                check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
                 elif request.target == _CHECK_TARGET and request.method == "POST":
                     check = request.check or plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
             if check is None:
@@ -208,7 +217,7 @@ class DataPlane:
 
     async def _answer_later(self, request: PlainRequest, check: Check | None, decision: Awaitable[Decision]) -> None:
         self.in_flight += 1
-        known = Request(request.headers, False, request.connection.client, self._trusts_client)
+        known = Request(request, False, request.connection.client, self._trusts_client)
         known.check = check
         CURRENT.set(known)
         try:
@@ -340,6 +349,18 @@ class DataPlane:
         except TidegateError as error:
             raise self._seen(error) from None
         self._respond(proto, await (self._holds.end(scope, body) if opening is None else self._holds.open(*opening)))
+
+    async def _reserve(self, scope: Scope, proto: Any) -> None:
+        try:
+            asked = await self._reservations.read(scope, proto)
+            if asked is not None and asked[1] is None and self._callers is not None:
+                # Whoever may have requests checked may not therefore count by limits of its own.
+                await self._callers.require(scope, "limit")
+        except TidegateError as error:
+            raise self._seen(error) from None
+        self._respond(
+            proto, await (self._reservations.cancel(scope.path) if asked is None else self._reservations.reserve(*asked))
+        )
 
     async def _usage(self, scope: Scope, proto: Any) -> None:
         allow_methods(scope, ("GET", "HEAD"))

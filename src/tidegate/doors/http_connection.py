@@ -75,7 +75,7 @@ class Connection(RequestParser, asyncio.Protocol):
     )
 
     def __init__(self, server: HttpServer) -> None:
-        super().__init__()
+        super().__init__(server.layouts)
         self.server = server
         self.client = self.peer = ""
         self.peer_names: tuple[str, ...] = ()
@@ -171,7 +171,9 @@ class Connection(RequestParser, asyncio.Protocol):
             self._current = request
             self.server.decide(request)
         else:
-            self.enqueue(PlainRequest(self, request.method, request.target, request.values, request.body, request.head_bytes))
+            again = PlainRequest(self, request.method, request.target, request.sent, request.body, request.head_bytes)
+            again.data, again.facts = request.data, request.facts
+            self.enqueue(again)
 
     def _start(self, request: Exchange | PlainRequest) -> None:
         self._current = request

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from tidegate.doors.head_layouts import Facts, values_of
 from tidegate.doors.responses import Headers, encode, error_body
 from tidegate.errors import TidegateError
 
@@ -102,30 +103,45 @@ class PlainRequest(msgspec.Struct, eq=False, gc=False):
         connection: that it came on.
         method: upper case, a usual one.
         target: of the request line.
-        values: its headers, names in lower case.
+        sent: its headers, names in lower case; None where `data` has them.
         body: None where it has none.
         head_bytes: at least as many as its head has.
         exchange: the same request, once it was made.
         repeats: whether the same bytes came on the connection before; then this is the same record too.
         check: of the request, where it repeats and its check depends on its bytes, its connection and `policy` alone.
         policy: what `check` was made by; None where it does not depend on one.
+        data: all its bytes, where a `HeadLayout` has read them.
+        facts: what it has read.
     """
 
     connection: Connection
     method: str
     target: bytes
-    values: dict[bytes, bytes]
+    sent: dict[bytes, bytes] | None
     body: bytes | None
     head_bytes: int
     exchange: Exchange | None = None
     repeats: bool = False
     check: Check | None = None
     policy: CallerPolicy | None = None
+    data: bytes = b""
+    facts: Facts | None = None
+
+    @property
+    def values(self) -> dict[bytes, bytes]:
+        """Its headers, names in lower case."""
+        if self.sent is None:
+            self.sent = values_of(self.data)
+        return self.sent
 
     @property
     def headers(self) -> RequestHeaders:
         """The headers as other requests have them."""
         return RequestHeaders(self.values, {})
+
+    def get(self, key: str) -> Any:
+        """The value of a header; None where it did not come. Read only when needed."""
+        return self.headers.get(key)
 
     def open(self) -> Exchange:
         """The same request as an exchange, in its place on the connection."""

@@ -18,6 +18,7 @@ from tidegate.doors.token_attributes import with_body_token
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
 from tidegate.gate.holds import OpenedHold
+from tidegate.gate.request_limits import LimitCheck
 from tidegate.policy.paths import PathRules
 from tidegate.telemetry.requests import note
 from tidegate.timestamps import US_PER_S
@@ -28,6 +29,7 @@ from tidegate.wire import (
     HoldRequest,
     HoldSettledBody,
     RenewRequest,
+    ReserveRequest,
     SettleRequest,
     whole_cost,
 )
@@ -74,18 +76,7 @@ class HoldRequests:
             TidegateError: if it is invalid.
         """
         sent = decoded(_OPEN, body, "a request for a hold")
-        if sent.namespace is not None:
-            _refuse_check_fields(sent)
-            return sent, None
-        if sent.path is None:
-            raise BadRequest("path is missing: send the request to decide, or namespace and subject", field="path")
-        if sent.subject is not None or sent.limits or sent.algorithm is not None:
-            raise BadRequest("subject, limits and algorithm need a namespace: leave them out beside path", field="namespace")
-        asked = CheckRequest(sent.path, sent.method, sent.api_key, sent.ip, sent.cost, sent.attributes, sent.tier, sent.bearer)
-        check = check_of(asked, single(scope.headers, "x-api-key"), self._paths)
-        if check.api_key is None:
-            await refuse_bearer_key(self._gate, scope.headers, check.ip)
-        return sent, await with_body_token(self._gate, check, sent.bearer)
+        return sent, await check_in(sent, scope, self._gate, self._paths)
 
     async def open(self, sent: HoldRequest, check: Check | None) -> Prepared:
         """Open what `open_of` gave.
@@ -95,10 +86,7 @@ class HoldRequests:
         """
         ttl_s = 60 if sent.ttl_s is None else sent.ttl_s
         if check is None:
-            limits = self._gate.request_limits
-            limit_check = limits.read(
-                await limits.namespaces(), sent.namespace, sent.subject, sent.limits or (), sent.algorithm, whole_cost(sent.cost)
-            )
+            limit_check = await limits_in(sent, self._gate)
             return _opened(await self._gate.holds.open_limit(limit_check, ttl_s, clamp=bool(sent.clamp)))
         note(check)
         return _opened(await self._gate.holds.open(check, ttl_s, clamp=bool(sent.clamp)))
@@ -119,7 +107,41 @@ class HoldRequests:
         raise NotFound(f"there is nothing at {scope.path[:200]!r}: POST {HOLDS}/{{id}}/settle or {HOLDS}/{{id}}/renew")
 
 
-def _refuse_check_fields(sent: HoldRequest) -> None:
+async def check_in(sent: HoldRequest | ReserveRequest, scope: Scope, gate: Gate, paths: PathRules) -> Check | None:
+    """The check of a request that may name its own limits instead; None where it does, see `limits_in`.
+
+    Args:
+        paths: which spellings of a path are let through.
+
+    Raises:
+        TidegateError: if it is invalid.
+    """
+    if sent.namespace is not None:
+        _refuse_check_fields(sent)
+        return None
+    if sent.path is None:
+        raise BadRequest("path is missing: send the request to decide, or namespace and subject", field="path")
+    if sent.subject is not None or sent.limits or sent.algorithm is not None:
+        raise BadRequest("subject, limits and algorithm need a namespace: leave them out beside path", field="namespace")
+    asked = CheckRequest(sent.path, sent.method, sent.api_key, sent.ip, sent.cost, sent.attributes, sent.tier, sent.bearer)
+    check = check_of(asked, single(scope.headers, "x-api-key"), paths)
+    if check.api_key is None:
+        await refuse_bearer_key(gate, scope.headers, check.ip)
+    return await with_body_token(gate, check, sent.bearer)
+
+
+async def limits_in(sent: HoldRequest | ReserveRequest, gate: Gate) -> LimitCheck:
+    """The limits that a request names.
+
+    Raises:
+        TidegateError: see `RequestLimits.read`.
+    """
+    limits = gate.request_limits
+    namespaces = await limits.namespaces()
+    return limits.read(namespaces, sent.namespace, sent.subject, sent.limits or (), sent.algorithm, whole_cost(sent.cost))
+
+
+def _refuse_check_fields(sent: HoldRequest | ReserveRequest) -> None:
     for name in ("path", "api_key", "ip", "attributes", "tier", "bearer"):
         if getattr(sent, name) is not None:
             raise BadRequest(f"{name} and namespace came together: send a check, or limits of your own", field=name)
@@ -130,7 +152,10 @@ def _opened(opened: OpenedHold) -> Prepared:
     expires_after = opened.ttl_s if opened.hold is not None else None
     said = msgspec.structs.asdict(decision_body(decision))
     body = HoldAnswer(**said, hold=opened.hold, reserved=opened.reserved, expires_after=expires_after)
-    return Prepared(200 if decision.allowed else 429, [*limit_headers(decision), JSON], encode(body))
+    headers = [*limit_headers(decision), JSON]
+    if opened.hold is not None:
+        headers.append(("x-tidegate-hold", opened.hold))  # for gateways, which read headers only
+    return Prepared(200 if decision.allowed else 429, headers, encode(body))
 
 
 def _settled(hold: str, settled: HoldSettlement) -> Prepared:

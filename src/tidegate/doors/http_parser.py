@@ -12,6 +12,7 @@ from typing import Final
 import httptools
 
 from tidegate.decision import USUAL_METHODS
+from tidegate.doors.head_layouts import MAX_LAYOUT_BYTES, HeadLayout, HeadLayouts
 from tidegate.doors.http_exchange import Exchange, PlainRequest, RequestHeaders
 from tidegate.doors.refusals import HeadersTooLarge
 from tidegate.errors import BadRequest, TidegateError
@@ -39,7 +40,11 @@ BODY: Final = 2
 
 
 class RequestParser:
-    """Makes requests of bytes. A subclass does something with them."""
+    """Makes requests of bytes. A subclass does something with them.
+
+    Args:
+        layouts: by which heads are read where llhttp has read such a one before; None for none.
+    """
 
     __slots__ = (
         "_began",
@@ -50,7 +55,10 @@ class RequestParser:
         "_head_bytes",
         "_last",
         "_last_bytes",
+        "_layout",
+        "_layouts",
         "_lingers",
+        "_names",
         "_overhead",
         "_parser",
         "_part",
@@ -63,7 +71,10 @@ class RequestParser:
         "_values",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: HeadLayouts | None = None) -> None:
+        self._layouts = layouts
+        self._layout: HeadLayout | None = None  # of an earlier request, where the last read ended with a whole one
+        self._names: tuple[bytes, ...] = ()  # of the headers of the last request that llhttp has read, if a layout may be of use
         self._parser = httptools.HttpRequestParser(self)
         self._part = BETWEEN
         self._began = False  # whether a message began, or ended, within the bytes that are being parsed
@@ -112,9 +123,20 @@ class RequestParser:
             # compared.
             self.repeat(self._last)
             return True
+        size = len(data)
+        layout = self._layout
+        if layout is not None and size <= MAX_LAYOUT_BYTES and (facts := layout.read(data)) is not None:
+            # llhttp would read the same request, and its state between two messages stays as it is.
+            request = PlainRequest(self, "GET", layout.target, None, None, size, None, False, None, None, data, facts)  # type: ignore[arg-type]
+            if size <= MAX_REPEATED_BYTES:
+                self._last, self._last_bytes = request, data
+            else:
+                self._last = None
+            self.enqueue_plain(request)
+            return True
         self._began = False
         self._plain = 0
-        self._chunk_bytes = size = len(data)
+        self._chunk_bytes = size
         if self._raw_left:
             self._feed(data)
         else:
@@ -125,14 +147,26 @@ class RequestParser:
             except httptools.HttpParserError as error:
                 self._refuse_syntax(error)
         if self._part == BETWEEN and self._began:
+            if self._layouts is not None and self._plain == 1 and size <= MAX_LAYOUT_BYTES:
+                self._learn(self._layouts, data)
             if self._plain == 1 and size <= MAX_REPEATED_BYTES:
                 self._last_bytes = data
             else:
                 self._last = None
             return True
-        self._last = None
+        self._last = self._layout = None
         self._bound_part(size)
         return False
+
+    def _learn(self, layouts: HeadLayouts, data: bytes) -> None:
+        """Read further heads by the layout of this one, if the one before had the same headers."""
+        last = self._last
+        if last is None or last.target != layouts.target or last.method != "GET" or last.body is not None:
+            return
+        names = tuple(last.values)
+        if names == self._names:
+            self._layout = layouts.learn(data) or self._layout
+        self._names = names
 
     def _bound_part(self, size: int) -> None:
         """The bytes that came ended within a message."""

@@ -26,6 +26,7 @@ from typing import Any, Final, cast
 from tidegate import time_slice
 from tidegate.doors.accept_queue import accept_queued
 from tidegate.doors.continuation import Continuation
+from tidegate.doors.head_layouts import HeadLayouts
 from tidegate.doors.http_connection import Connection
 from tidegate.doors.http_exchange import PHRASES, Exchange, PlainRequest
 from tidegate.doors.refusals import ClientNotAllowed, InternalError, TooManyConnections
@@ -54,7 +55,7 @@ class HttpServer:
     Args:
         app: has `__rsgi__(scope, proto)`; an `Exchange` is both. It may have `answer_now(request)`, called for plain
             requests: it answers before it returns None, or returns what answers when awaited. That runs as a `Continuation`, or
-            as any other answer if the request was opened.
+            as any other answer if the request was opened. It may have `layouts`, by which heads of plain requests are read.
         header_timeout_s: how long a request's head may take, from its first byte or the connection's start, s.
         idle_timeout_s: how long a connection may wait for its next request, s.
         write_timeout_s: how long a client may leave its answers untaken, s.
@@ -66,6 +67,7 @@ class HttpServer:
         evicted: connections that were closed while they waited, to make room.
         tick: how often time-outs were looked at; no table is more exact.
         date_line: the Date header of an answer made now.
+        layouts: of the app; None where it has none.
         heads: the status line and the Date header of one, by status.
         refused_names: connections of clients whose certificate has none of the names that it needs.
     """
@@ -86,6 +88,7 @@ class HttpServer:
         self.heads: dict[int, bytes] = {}
         self.blocked: OrderedDict[Connection, float] = OrderedDict()
         self._app = app
+        self.layouts: HeadLayouts | None = getattr(app, "layouts", None)
         self._answer_now: Callable[[PlainRequest], Coroutine[Any, Any, None] | None] | None = getattr(app, "answer_now", None)
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
@@ -22,6 +23,8 @@ from tidegate.doors.limit_steps import LimitCall, LimitSteps
 from tidegate.doors.python_requests import RequestView, flask_view, put_starlette_headers, view_of
 from tidegate.errors import BadRequest, PolicyError, SettingsError, TidegateError
 from tidegate.policy.limits import Algorithm, OnFailure
+
+logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Find: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], RequestView | None]
@@ -81,7 +84,8 @@ class limit(LimitSteps):
 
     Args:
         limits: a text such as `100/minute`, several separated by `;`, a list of texts, or a function that gives one of these, or
-            None for no limit.
+            None for no limit. `20 concurrent` limits calls in progress: those of views of Flask and Django until the response was
+            sent, others until they return.
         key: whom to count: `ip`, `api_key` (the X-API-Key header), `header:NAME`, the name of a parameter of the function or of
             an attribute of the request, or a function. Where its value is missing, the address is counted. By default `ip` where
             there is a request; else all calls together.
@@ -89,7 +93,8 @@ class limit(LimitSteps):
             returned; its cost is charged afterwards, at most what is left.
         methods: HTTP methods that are limited; all where not given.
         exempt_when: a function; calls for which it gives true are neither limited nor counted.
-        deduct_when: a function of the response; a call is charged only if it gives true. A limit that is used up denies anyway.
+        deduct_when: a function of the response; a call is charged only if it gives true, and counts while it is in progress. A
+            limit that is used up denies anyway.
         scope: name of the limit; limits of one scope on one store count together. By default the function's name.
         algorithm: fixed_window, sliding_window, sliding_log, token_bucket or leaky_bucket.
         counters: URL or store; by default that of the environment variable `TIDEGATE_COUNTERS__URL`, else `memory://`.
@@ -178,6 +183,8 @@ class limit(LimitSteps):
         with place.named():
             if inspect.isasyncgenfunction(function):
                 raise SettingsError("async generators cannot be limited: limit the function that starts one")
+            if self._has_slots and inspect.isgeneratorfunction(function):
+                raise SettingsError("a generator has no known end: limit the function that uses it, or a view that returns it")
             if not is_async:
                 self._require_blocking()
             find, parameter = self._finder(function)
@@ -203,12 +210,12 @@ class limit(LimitSteps):
                     result = await (
                         function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
                     )
-                except Exception as error:
-                    if call.pending and (failed := _response_of(error)) is not None:
-                        await self._run_async(self._after(call, failed))
+                    if call.unfinished:
+                        await self._run_async(self._finish(call, result, function))
+                except BaseException as error:
+                    if call.unfinished:
+                        await self._end_failed_async(call, error)
                     raise
-                if call.pending:
-                    await self._run_async(self._after(call, result))
                 if call.decision is not None and call.view is not None:
                     call.view.add_headers(result, call.decision)
                 return result
@@ -230,12 +237,12 @@ class limit(LimitSteps):
                     put_starlette_headers(response, call.kept)
                 try:
                     result = function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
-                except Exception as error:
-                    if call.pending and (failed := _response_of(error)) is not None:
-                        self._run(self._after(call, failed))
+                    if call.unfinished:
+                        self._run(self._finish(call, result, function))
+                except BaseException as error:
+                    if call.unfinished:
+                        self._end_failed(call, error)
                     raise
-                if call.pending:
-                    self._run(self._after(call, result))
                 if call.decision is not None and call.view is not None:
                     call.view.add_headers(result, call.decision)
                 return result
@@ -288,6 +295,12 @@ class limit(LimitSteps):
         if loaded("fastapi") is None:
             return inspect.signature(type(self).__call__)
         self.require_cost_before("a dependency")
+        if self._has_slots:
+            with self._place.named():
+                raise SettingsError(
+                    "a dependency does not know when its request ends: use 'N concurrent' in a decorator of the endpoint, or in "
+                    "RateLimitMiddleware"
+                )
         from starlette.requests import HTTPConnection
         from starlette.responses import Response
 
@@ -299,11 +312,6 @@ class limit(LimitSteps):
             ]
         )
 
-    @property
-    def charges_after(self) -> bool:
-        """Whether the response has to be known before a request is charged."""
-        return self._deduct_when is not None or (self._cost_of is not None and self._cost_of.of_result)
-
     def require_cost_before(self, who: str) -> None:
         """Refuse what needs the response.
 
@@ -313,8 +321,8 @@ class limit(LimitSteps):
         Raises:
             PolicyError: if a call is charged by its response.
         """
-        if self.charges_after:
-            with self._place.named():
+        with self._place.named():
+            if self.charges_after:
                 raise SettingsError(
                     f"{who} runs before the response exists: use deduct_when, and cost of the response, as a decorator of the "
                     "endpoint"
@@ -347,18 +355,44 @@ class limit(LimitSteps):
         Raises:
             RateLimitExceeded: if it is denied, unless `block` is false.
         """
+        call = await self._begin(connection, name, ends=False)
+        if response is not None and call.decision is not None:
+            put_starlette_headers(response, call.kept)
+        return call.decision
+
+    async def begin(self, connection: Any, name: str) -> LimitCall:
+        """As `check`, for a request whose end is known: `end` follows it.
+
+        Args:
+            connection: as for `check`.
+            name: of the limit.
+
+        Raises:
+            RateLimitExceeded: as `check`.
+        """
+        return await self._begin(connection, name, ends=True)
+
+    async def end(self, call: LimitCall) -> None:
+        """Free the slot of a request that has ended, where it took one.
+
+        Args:
+            call: of `begin`.
+        """
+        if call.hold is not None:
+            await call.hold.run_async(self._store)
+
+    async def _begin(self, connection: Any, name: str | None, *, ends: bool) -> LimitCall:
         if self._deduct_when is not None or self._cost_of is not None:
             self.require_cost_before("check")
         view = view_of(connection)
         if view is None:
             raise BadRequest(f"{type(connection).__name__} is not a request of a framework that Tidegate knows", field="request")
-        call = LimitCall(name or self._scope or _endpoint_name(connection, self._label), view, (connection,), {})
+        named = name or self._scope or _endpoint_name(connection, self._label)
+        call = LimitCall(named, view, (connection,), {}, ends=ends)
         await self._decide_async(call)
         if call.denied:
             await self._run_async(self._deny(call))
-        if response is not None and call.decision is not None:
-            put_starlette_headers(response, call.kept)
-        return call.decision
+        return call
 
     async def close(self) -> None:
         """Close the connections of its store, which other limits of the same URL share; the next call opens new ones."""
@@ -373,10 +407,10 @@ class limit(LimitSteps):
         Raises:
             RateLimitExceeded: if it is denied.
         """
-        return self.begin_blocking(view, name).decision
+        return self._begin_blocking(view, name, ends=False).decision
 
     def begin_blocking(self, view: RequestView, name: str) -> LimitCall:
-        """As `check_blocking`, for a request that `end_blocking` may charge.
+        """As `check_blocking`, for a request whose end is known: `end_blocking` or `abandon_blocking` follows it.
 
         Args:
             name: of the limit, unless it has a scope.
@@ -384,24 +418,39 @@ class limit(LimitSteps):
         Raises:
             RateLimitExceeded: if it is denied.
         """
-        call = LimitCall(self._scope or name, view, (view.native,), {})
+        return self._begin_blocking(view, name, ends=True)
+
+    def _begin_blocking(self, view: RequestView, name: str, *, ends: bool) -> LimitCall:
+        call = LimitCall(self._scope or name, view, (view.native,), {}, ends=ends)
         self._decide(call)
         if call.denied:
             self._run(self._deny(call))
         return call
 
     def end_blocking(self, call: LimitCall, response: Any) -> None:
-        """Charge a request by its response, where it is charged so.
+        """Charge a request by its response, where it is charged so; its slot is free when the response was sent.
 
         Args:
             call: of `begin_blocking`.
             response: of the framework.
-
-        Raises:
-            StoreUnavailable: if the store fails and `on_failure` is deny.
         """
-        if call.pending:
-            self._run(self._after(call, response))
+        if not call.unfinished:
+            return
+        try:
+            self._run(self._finish(call, response))
+        except TidegateError as error:
+            # The app has run: to refuse its response would undo nothing.
+            logger.warning("a response of %s was not charged: %s", call.name, error)
+
+    def abandon_blocking(self, call: LimitCall, error: BaseException | None = None) -> None:
+        """Free the slot of a request that has no response.
+
+        Args:
+            call: of `begin_blocking`.
+            error: that the app raised.
+        """
+        if call.unfinished:
+            self._end_failed(call, error or RuntimeError("no response"))
 
     @functools.cached_property
     def _label(self) -> str:
@@ -441,13 +490,6 @@ def _answered(call: LimitCall, error: TidegateError) -> Any:
     if answer is None:
         raise error if isinstance(error, RateLimitExceeded) else call.view.failure(error) from error
     return answer
-
-
-def _response_of(error: Exception) -> Any:
-    """What an exception that ends as a response says to `deduct_when`; None for others, which are not charged."""
-    if hasattr(error, "get_response"):
-        return error.get_response()
-    return error if hasattr(error, "status_code") else None
 
 
 def _endpoint_name(connection: Any, label: str) -> str:

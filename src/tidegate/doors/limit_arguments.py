@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.decision import MAX_COST
+from tidegate.decision import MAX_COST, clip
 from tidegate.errors import PolicyError, SettingsError
-from tidegate.policy.limits import Algorithm, Limit, fit_limits, short
+from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet, OnFailure, fit_limits, short, split_limits
 
 _REQUEST_NAMES: Final = frozenset(("request", "websocket", "connection", "req"))
 _REQUEST_TYPES: Final = frozenset(("Request", "WebSocket", "HTTPConnection", "HttpRequest", "ASGIRequest", "WSGIRequest"))
@@ -139,14 +139,47 @@ def limit_texts(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
+class CallLimits(msgspec.Struct, frozen=True, gc=False, weakref=False):
+    """The limits of a call, by how they count.
+
+    Args:
+        rates: limits per window; None for none.
+        slots: the concurrency limit, how many calls are in progress; None for none.
+    """
+
+    rates: LimitSet | None
+    slots: LimitSet | None
+
+
 @lru_cache(maxsize=4096)
-def parsed_limits(texts: tuple[str, ...], algorithm: Algorithm) -> tuple[Limit, ...]:
+def parsed_limits(texts: tuple[str, ...], algorithm: Algorithm) -> tuple[tuple[Limit, ...], Limit | None]:
     """Limits of texts, checked; the last ones are kept, because functions give the same texts again and again.
+
+    Returns:
+        The limits per window, and that of calls in progress; None where there is none.
 
     Raises:
         PolicyError: if they are not valid.
     """
-    return fit_limits(algorithm, [Limit.parse(text) for text in texts])
+    rates, slots = split_limits(Limit.parse(text) for text in texts)
+    return fit_limits(algorithm, rates) if rates or slots is None else (), slots
+
+
+def call_limits(name: str, texts: tuple[str, ...], algorithm: Algorithm, on_failure: OnFailure) -> CallLimits:
+    """The limits of a call, ready for a counter store.
+
+    Args:
+        name: of the limit.
+        texts: as a limit has them.
+
+    Raises:
+        PolicyError: if they are not valid.
+    """
+    rates, slots = parsed_limits(texts, algorithm)
+    return CallLimits(
+        LimitSet(f"limit/{name}", algorithm, rates, on_failure, rule=name) if rates else None,
+        LimitSet(f"slots/limit/{name}", ConcurrencyAlgorithm.CONCURRENT, (slots,), on_failure, rule=name) if slots else None,
+    )
 
 
 def checked_methods(methods: str | Iterable[str] | None) -> frozenset[str] | None:
@@ -222,3 +255,32 @@ def parameter_place(function: Callable[..., Any], name: str) -> tuple[int, Any] 
     if name not in parameters:
         return None
     return list(parameters).index(name), parameters[name].default
+
+
+def checked_key(key: str | Callable[..., Any] | None) -> str | UserFunction | None:
+    """Whom a limit counts.
+
+    Raises:
+        SettingsError: if it is neither a name nor a function.
+    """
+    if key is None or (isinstance(key, str) and key.removeprefix("header:")):
+        return key
+    return _function(key, "key", "'ip', 'api_key', 'header:NAME', the name of a parameter or attribute, or a function")
+
+
+def optional_function(function: object, argument: str) -> UserFunction | None:
+    """A function of the user; None where none is given.
+
+    Args:
+        argument: its name, for errors.
+
+    Raises:
+        SettingsError: if it is no function.
+    """
+    return None if function is None else _function(function, argument, "a function")
+
+
+def _function(function: object, argument: str, expected: str) -> UserFunction:
+    if not callable(function):
+        raise SettingsError(f"{argument} {clip(function)} is not valid: give {expected}")
+    return UserFunction(function, argument)

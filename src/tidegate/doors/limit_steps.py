@@ -9,38 +9,51 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Final, cast
 
-from tidegate.counters import CounterStore
+import msgspec
+
+from tidegate.counters import Counters, CounterStore
+from tidegate.counters.holds import HoldSettlement
 from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.doors.call_holds import STEPS, CallHold, OpenHold
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.exceeded import RateLimitExceeded, loaded, starlette_error
 from tidegate.doors.limit_arguments import (
+    CallLimits,
     Place,
     UserFunction,
+    call_limits,
     caller_place,
+    checked_key,
     checked_methods,
     checked_number,
     limit_texts,
+    optional_function,
     parsed_limits,
 )
 from tidegate.doors.limiter import fit_subject
-from tidegate.doors.python_requests import DjangoRequest, RequestView, client_ip
+from tidegate.doors.python_requests import DjangoRequest, RequestView, client_ip, stricter
 from tidegate.doors.stores import SWITCHES, SharedStore, shared_store
 from tidegate.errors import BadRequest, PolicyError, SettingsError
 from tidegate.policy.limits import Algorithm, LimitSet, OnFailure, member_of
 
 Steps = Generator[Any, Any, Any]
-"""Yields (limits, subject, cost) to be decided, or something to be awaited; receives the decision or the result."""
+"""Yields (limits, subject, cost) to be decided, a step of a hold, or something to be awaited; receives the result."""
 _MAX_SETS: Final = 4096
 _MAX_CLIENTS: Final = 4096
 
 
 class LimitCall:
-    """One call of a limited function, or one request of a dependency."""
+    """One call of a limited function, or one request of a dependency.
+
+    Args:
+        ends: whether its end will be known, which a concurrency limit needs.
+    """
 
     __slots__ = (
-        "args", "cost", "decision", "denied", "kept", "kwargs", "limits", "name", "parameter", "pending", "subject", "view",
+        "args", "cost", "decision", "denied", "ends", "hold", "kept", "kwargs", "name", "parameter", "pending", "rates",
+        "subject", "view",
     )  # fmt: skip
-    limits: LimitSet
+    rates: LimitSet | None
     subject: str
     cost: int
     kept: Decision
@@ -53,15 +66,23 @@ class LimitCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         parameter: tuple[int, Any] | None = None,
+        ends: bool = True,
     ) -> None:
         self.name = name
         self.view = view
         self.args = args
         self.kwargs = kwargs
         self.parameter = parameter
+        self.ends = ends
         self.pending = False
         self.denied = False
         self.decision: Decision | None = None
+        self.hold: CallHold | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it has to be charged or settled when it has run."""
+        return self.pending or self.hold is not None
 
     def ask(self, function: UserFunction) -> Any:
         """Call a function of the user."""
@@ -95,32 +116,57 @@ class LimitSteps:
             self._algorithm = member_of(Algorithm, algorithm, "algorithm")
             self._on_failure = member_of(OnFailure, on_failure, "on_failure")
             self._texts = None if callable(limits) else limit_texts(limits)
-            if self._texts is not None:
-                parsed_limits(self._texts, self._algorithm)
+            rates, slots = (True, None) if self._texts is None else parsed_limits(self._texts, self._algorithm)
+            self._has_slots = slots is not None
             self._limits_of = UserFunction(limits, "limits") if callable(limits) else None
-            self._key = _checked_key(key)
+            self._key = checked_key(key)
             self._cost = cost if callable(cost) else checked_number(cost)
             self._cost_of = UserFunction(cost, "cost") if callable(cost) else None
             self._methods = checked_methods(methods)
-            self._exempt_when = _optional(exempt_when, "exempt_when")
-            self._deduct_when = _optional(deduct_when, "deduct_when")
-            self._on_exceeded = _optional(on_exceeded, "on_exceeded")
+            self._exempt_when = optional_function(exempt_when, "exempt_when")
+            self._deduct_when = optional_function(deduct_when, "deduct_when")
+            self._on_exceeded = optional_function(on_exceeded, "on_exceeded")
             self._message = error_message if isinstance(error_message, str) else None
-            self._message_of = None if isinstance(error_message, str) else _optional(error_message, "error_message")
+            self._message_of = None if isinstance(error_message, str) else optional_function(error_message, "error_message")
             self._scope = scope
             if scope is not None and (not isinstance(scope, str) or not scope):
                 raise SettingsError(f"scope {clip(scope)} must be a non-empty text such as 'search'")
             self._store: SharedStore = shared_store(counters)
+            if slots is not None:
+                self._require_slots(slots.text)
+                if not rates and self.charges_after:
+                    raise SettingsError(
+                        f"limits have only {slots.text!r}: deduct_when, and cost of the response, have no effect on it"
+                    )
             self._trusted = TrustedProxies(trusted_proxies, "trusted_proxies")
         self._block = block
-        self._known: dict[str, LimitSet] = {}
+        self._known: dict[str, CallLimits] = {}
         """By name of the limit, where the limits are always the same."""
-        self._sets: dict[tuple[str, tuple[str, ...]], LimitSet] = {}
+        self._sets: dict[tuple[str, tuple[str, ...]], CallLimits] = {}
         self._clients: dict[str, str] = {}
         """By address of a peer that is no trusted proxy: how it is counted."""
         functions = (self._limits_of, self._cost_of, self._exempt_when, self._deduct_when)
-        self._plain = not any(functions) and not (isinstance(self._key, UserFunction) and self._key.is_async)
+        self._plain = not (self._has_slots or any(functions) or (isinstance(self._key, UserFunction) and self._key.is_async))
         """Whether the steps up to the decision need no function of the user that may be awaited, and charge once."""
+
+    @property
+    def charges_after(self) -> bool:
+        """Whether the response has to be known before a request is charged."""
+        return self._deduct_when is not None or self._costs_by_result
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the end of a request has to be known."""
+        return self.charges_after or self._has_slots or self._texts is None
+
+    @property
+    def _costs_by_result(self) -> bool:
+        return self._cost_of is not None and self._cost_of.of_result
+
+    def _require_slots(self, text: str) -> None:
+        """Refuse a concurrency limit where the store cannot count slots."""
+        if self._store.needs_loop:
+            raise SettingsError(f"limit {text!r} counts calls in progress, which needs the URL of a store as counters")
 
     # The steps of a call.
 
@@ -136,9 +182,9 @@ class LimitSteps:
         if self._skips(call):
             return None
         assert self._texts is not None
-        call.limits = limits = self._known.get(call.name) or self._set_of(call.name, self._texts)
+        call.rates = rates = (self._known.get(call.name) or self._limits_of_call(call.name, self._texts)).rates
         call.subject = self._counted(self._value(call), call)
-        return limits
+        return rates
 
     def _decided(self, call: LimitCall, decision: Decision) -> None:
         """Note the decision of a call."""
@@ -163,40 +209,110 @@ class LimitSteps:
             limits = yield from self._limit_set(call)
             if limits is None:
                 return
-        call.limits = limits
+        call.rates = limits.rates
         call.subject = yield from self._subject(call)
         cost = self._cost
-        after = self._deduct_when is not None
         if self._cost_of is not None:
-            after = after or self._cost_of.of_result
             cost = 1 if self._cost_of.of_result else _charged(self._place, (yield from self._ask(self._cost_of, call)))
         call.cost = cast("int", cost)
-        if after:
-            decision = yield (limits, call.subject, 0)
-            if decision.remaining < call.cost:
-                # For the time of the retry. Should it pass, because a unit came back just now, it has been charged.
-                decision = yield (limits, call.subject, call.cost)
-            else:
-                call.pending = True
-        else:
-            decision = yield (limits, call.subject, call.cost)
+        if limits.slots is not None and not call.ends:
+            raise PolicyError(
+                f"limit {limits.slots.limits[0].text!r} counts requests until their end, which is not known here: use it as a "
+                "decorator of the endpoint, or in a middleware",
+                self._place.file,
+                self._place.line,
+            )
+        holds = self._deduct_when is not None and not self._costs_by_result and self._store.keeps_holds
+        decision = None
+        if limits.rates is not None and not (holds or (limits.slots is not None and not self._costs_by_result)):
+            decision = yield from self._decide_rates(call, limits.rates)
+        if holds or (limits.slots is not None and (decision is None or decision.allowed or not self._block)):
+            held = yield from self._open_hold(call, limits)
+            decision = held if decision is None else stricter(decision, held)
+        assert decision is not None
         self._decided(call, decision)
 
-    def _after(self, call: LimitCall, result: Any) -> Steps:
+    def _decide_rates(self, call: LimitCall, rates: LimitSet) -> Steps:
+        """Charge a call, or look whether it may be charged when it has run."""
+        if not self.charges_after:
+            return (yield (rates, call.subject, call.cost))
+        decision = yield (rates, call.subject, 0)
+        if decision.remaining < call.cost:
+            # For the time of the retry. Should it pass, because a unit came back just now, it has been charged.
+            return (yield (rates, call.subject, call.cost))
+        call.pending = True
+        return decision
+
+    def _open_hold(self, call: LimitCall, limits: CallLimits) -> Steps:
+        """Take a slot, and reserve the cost where it is known before the call."""
+        rates = None if self._costs_by_result else limits.rates
+        counters: Counters = tuple((each, call.subject) for each in (rates, limits.slots) if each is not None)
+        decision, handle = yield OpenHold(counters, call.cost)
+        if handle is not None:
+            call.hold = CallHold(self._store, handle, rates, call.cost, limits.slots is not None)
+        else:
+            call.pending = False
+        binding = decision.binding
+        if handle is None or self._deduct_when is None or rates is None or binding is None or binding.concurrent:
+            return decision
+        # Headers say what is left after the outcome: before it, that nothing was charged.
+        return msgspec.structs.replace(decision, remaining=decision.remaining + call.cost)
+
+    def _finish(self, call: LimitCall, result: Any, function: Callable[..., Any] | None = None) -> Steps:
+        """Charge and settle a call that has run.
+
+        Args:
+            result: what it returned.
+            function: that has run; None where `result` is the response of the framework.
+        """
+        hold, pending = call.hold, call.pending
+        call.pending = False
+        if pending:
+            yield from self._charge_after(call, result)
+        elif self._deduct_when is not None and hold is not None:
+            wanted = yield from self._wants(result)
+            hold.used = hold.cost if wanted else 0
+        if hold is None:
+            return
+        if hold.has_slot and call.view is not None and call.view.on_close(result, hold.close, function):
+            return
+        settlement = yield hold
+        if hold.limits is not None and self._deduct_when is not None and settlement is not None:
+            self._keep(call, _settled_decision(hold.limits, settlement, call.decision))
+
+    def _abandon(self, call: LimitCall, error: BaseException) -> Steps:
+        """Charge a call that raised."""
+        response = _response_of(error)
+        hold, pending = call.hold, call.pending
+        call.pending = False
+        if pending and response is not None:
+            yield from self._charge_after(call, response)
+        elif self._deduct_when is not None and hold is not None:
+            hold.used = 0
+            if response is not None and (yield from self._wants(response)):
+                hold.used = hold.cost
+
+    def _wants(self, result: Any) -> Steps:
+        """Whether a result is to be charged."""
+        assert self._deduct_when is not None
+        wanted = self._deduct_when.function(result)
+        return (yield wanted) if self._deduct_when.is_async else wanted
+
+    def _charge_after(self, call: LimitCall, result: Any) -> Steps:
         """Charge a call that has run."""
-        if self._deduct_when is not None:
-            wanted = self._deduct_when.function(result)
-            if self._deduct_when.is_async:
-                wanted = yield wanted
-            if not wanted:
-                return
+        if self._deduct_when is not None and not (yield from self._wants(result)):
+            return
         cost = call.cost
         if self._cost_of is not None and self._cost_of.of_result:
             counted = self._cost_of.function(result)
             cost = _charged(self._place, (yield counted) if self._cost_of.is_async else counted)
-        decision = yield (call.limits, call.subject, cost)
+        decision = yield (call.rates, call.subject, cost)
         if not decision.allowed and decision.remaining:
-            decision = yield (call.limits, call.subject, min(cost, decision.remaining))
+            decision = yield (call.rates, call.subject, min(cost, decision.remaining))
+        self._keep(call, decision)
+
+    def _keep(self, call: LimitCall, decision: Decision) -> None:
+        """Have a response say what is left after it."""
         call.decision = decision
         if call.view is not None:
             call.view.keep(decision)
@@ -233,16 +349,17 @@ class LimitSteps:
                 texts = limit_texts(given)
                 parsed_limits(texts, self._algorithm)
         assert texts is not None
-        return self._set_of(call.name, texts)
+        return self._limits_of_call(call.name, texts)
 
-    def _set_of(self, name: str, texts: tuple[str, ...]) -> LimitSet:
+    def _limits_of_call(self, name: str, texts: tuple[str, ...]) -> CallLimits:
         known = self._sets.get((name, texts))
         if known is None:
+            known = call_limits(name, texts, self._algorithm, self._on_failure)
+            if known.slots is not None:
+                self._require_slots(known.slots.limits[0].text)
             if len(self._sets) >= _MAX_SETS:
                 self._sets.clear()
-            known = self._sets[(name, texts)] = LimitSet(
-                f"limit/{name}", self._algorithm, parsed_limits(texts, self._algorithm), self._on_failure, rule=name
-            )
+            self._sets[(name, texts)] = known
         if self._limits_of is None:
             if len(self._known) >= _MAX_SETS:
                 self._known.clear()
@@ -334,12 +451,28 @@ class LimitSteps:
             decision = await store.decide_async(limits, call.subject, cost)
         self._decided(call, decision)
 
+    def _end_failed(self, call: LimitCall, error: BaseException) -> None:
+        """Charge and settle a call that raised, from a thread."""
+        try:
+            self._run(self._abandon(call, error))
+        finally:
+            if call.hold is not None:
+                call.hold.run(self._store)
+
+    async def _end_failed_async(self, call: LimitCall, error: BaseException) -> None:
+        """Charge and settle a call that raised or was cancelled, from an event loop."""
+        try:
+            await self._run_async(self._abandon(call, error))
+        finally:
+            if call.hold is not None:
+                await call.hold.run_async(self._store)
+
     def _run(self, steps: Steps) -> Any:
-        decide = self._store.decide
+        store = self._store
         try:
             step = next(steps)
             while True:
-                step = steps.send(decide(*step))
+                step = steps.send(store.decide(*step) if type(step) is tuple else step.run(store))
         except StopIteration as finished:
             return finished.value
 
@@ -350,7 +483,7 @@ class LimitSteps:
             step = next(steps)
             while True:
                 if type(step) is not tuple:
-                    answer = await step
+                    answer = await (step.run_async(store) if type(step) in STEPS else step)
                 elif memory is not None:
                     answer = memory.charge_one(*step)
                 else:
@@ -358,6 +491,20 @@ class LimitSteps:
                 step = steps.send(answer)
         except StopIteration as finished:
             return finished.value
+
+
+def _settled_decision(limits: LimitSet, settled: HoldSettlement, before: Decision | None) -> Decision:
+    """What is left after a settlement, as a decision."""
+    binding = next((each for each in limits.limits if each.capacity == settled.limit), limits.limits[0])
+    at_us = 0 if before is None else before.at_us
+    return Decision(True, binding, settled.remaining, settled.reset_after_us or 0, 0, at_us, limits)
+
+
+def _response_of(error: BaseException) -> Any:
+    """What an exception that ends as a response says to `deduct_when`; None for others, which are not charged."""
+    if hasattr(error, "get_response"):
+        return error.get_response()
+    return error if hasattr(error, "status_code") else None
 
 
 def _charged(place: Place, cost: Any) -> int:
@@ -369,19 +516,3 @@ def _charged(place: Place, cost: Any) -> int:
             place.line,
         )
     return cost
-
-
-def _checked_key(key: str | Callable[..., Any] | None) -> str | UserFunction | None:
-    if key is None or (isinstance(key, str) and key.removeprefix("header:")):
-        return key
-    return _function(key, "key", "'ip', 'api_key', 'header:NAME', the name of a parameter or attribute, or a function")
-
-
-def _optional(function: object, argument: str) -> UserFunction | None:
-    return None if function is None else _function(function, argument, "a function")
-
-
-def _function(function: object, argument: str, expected: str) -> UserFunction:
-    if not callable(function):
-        raise SettingsError(f"{argument} {clip(function)} is not valid: give {expected}")
-    return UserFunction(function, argument)

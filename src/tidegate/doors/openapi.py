@@ -11,6 +11,7 @@ from tidegate._version import __version__
 from tidegate.decision import MAX_COST
 from tidegate.doors.openapi_callers import describe_callers
 from tidegate.doors.openapi_holds import HOLD_BODIES, describe_holds, hold_paths
+from tidegate.doors.openapi_reserve import RESERVE_BODIES, describe_reservations, reserve_paths
 from tidegate.gate.usage import MAX_USAGE_RULES
 from tidegate.policy.namespaces import MAX_SUBJECT, NAME
 from tidegate.wire import MAX_BATCH, CheckRequest, DecisionBody, LimitRequest, UsageBody
@@ -24,7 +25,7 @@ _ERRORS: Final = {
     413: "The body is too large.",
     415: "Content-Encoding is not supported.",
     429: "The client address sent too many unknown API keys; see Retry-After.",
-    404: "The hold is not known.",
+    404: "The hold, or the reservation, is not known.",
     409: "The hold was settled or has expired.",
     431: "The headers are too large.",
     503: "The counter store or the catalog is unavailable.",
@@ -67,7 +68,8 @@ def data_plane_openapi(callers: str = "open", token_header: str = "") -> dict[st
 
 def _open_document() -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components(
-        (CheckRequest, LimitRequest, DecisionBody, UsageBody, *HOLD_BODIES), ref_template="#/components/schemas/{name}"
+        (CheckRequest, LimitRequest, DecisionBody, UsageBody, *HOLD_BODIES, *RESERVE_BODIES),
+        ref_template="#/components/schemas/{name}",
     )
     schemas["CheckRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
     schemas["CheckRequest"]["properties"]["path"].update(minLength=1, pattern="^/", examples=["/api/v1/items"])
@@ -77,6 +79,7 @@ def _open_document() -> dict[str, Any]:
     limit_fields["subject"].update(minLength=1, maxLength=MAX_SUBJECT, examples=["user-42"])
     limit_fields["limits"].update(examples=[["10/minute"]])
     describe_holds(schemas)
+    describe_reservations(schemas)
     schemas["BatchRequest"] = _batch_schema("CheckRequest")
     schemas["LimitBatchRequest"] = _batch_schema("LimitRequest")
     schemas["Error"] = _ERROR_SCHEMA
@@ -104,6 +107,7 @@ def _open_document() -> dict[str, Any]:
             "/v1/limit": {"post": _limit()},
             "/v1/limit/batch": {"post": _limit_batch()},
             **hold_paths(_errors, _headers),
+            **reserve_paths(_errors, _headers),
             "/v1/authorize": {"get": _authorize("authorize"), "head": _authorize("authorizeHead")},
             "/v1/authorize/envoy": {
                 method: _authorize(f"authorizeEnvoy{method.title()}", "200")

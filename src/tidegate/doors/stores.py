@@ -11,9 +11,17 @@ from collections.abc import Callable
 from typing import Final
 from weakref import WeakSet
 
-from tidegate.counters import Charge, CounterStore
+from tidegate.counters import Charge, Counters, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
 from tidegate.counters.factory import open_blocking, open_counters
+from tidegate.counters.holds import (
+    BlockingHoldingStore,
+    HoldHandle,
+    HoldingCounterStore,
+    HoldSettlement,
+    blocking_holding,
+    holding,
+)
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import Decision
@@ -124,17 +132,57 @@ class SharedStore:
 
     async def decide_async(self, limits: LimitSet, subject: str, cost: int) -> Decision:
         """Decide and charge, from an event loop."""
+        if self.memory is not None:
+            return self.memory.charge_one(limits, subject, cost)
+        outcome = (await self._of_loop().charge((Charge(((limits, subject),), cost),)))[0]
+        if isinstance(outcome, StoreUnavailable):
+            raise outcome
+        return outcome
+
+    def _of_loop(self) -> CounterStore:
+        """The store for event loops, where the counters are not in memory."""
         if self._shared is None:
-            if self.memory is not None:
-                return self.memory.charge_one(limits, subject, cost)
             with self._lock:
                 if self._shared is None:
                     assert self._url is not None
                     self._shared = open_counters(_settings(self._url))
-        outcome = (await self._shared.charge((Charge(((limits, subject),), cost),)))[0]
-        if isinstance(outcome, StoreUnavailable):
-            raise outcome
-        return outcome
+        return self._shared
+
+    @property
+    def keeps_holds(self) -> bool:
+        """Whether it keeps holds: all stores of Tidegate do."""
+        return not self.needs_loop or isinstance(self._shared, HoldingCounterStore)
+
+    def _holding(self) -> BlockingHoldingStore:
+        if self.memory is None and self._blocking is None:
+            raise SettingsError("this counter store needs an event loop: give the URL of a store as counters")
+        return blocking_holding(self._blocking if self.memory is None else self.memory)
+
+    def open_hold(self, counters: Counters, cost: int, ttl_us: int, rule: str | None) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`; from a thread without an event loop."""
+        return self._holding().open_hold_now(counters, cost, ttl_us, rule)
+
+    async def open_hold_async(
+        self, counters: Counters, cost: int, ttl_us: int, rule: str | None
+    ) -> tuple[Decision, HoldHandle | None]:
+        """See `HoldingCounterStore.open_hold`."""
+        if self.memory is not None:
+            return self.memory.open_hold_now(counters, cost, ttl_us, rule)
+        return await holding(self._of_loop()).open_hold(counters, cost, ttl_us, rule)
+
+    def settle_hold(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`; from a thread without an event loop."""
+        return self._holding().settle_hold_now(handle, cost)
+
+    async def settle_hold_async(self, handle: HoldHandle, cost: int) -> HoldSettlement:
+        """See `HoldingCounterStore.settle_hold`."""
+        if self.memory is not None:
+            return self.memory.settle_hold_now(handle, cost)
+        return await holding(self._of_loop()).settle_hold(handle, cost)
+
+    def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
+        """See `HoldingCounterStore.renew_hold`; from a thread without an event loop."""
+        self._holding().renew_hold_now(handle, ttl_us)
 
     async def close(self) -> None:
         """Close connections; the next decision opens new ones."""

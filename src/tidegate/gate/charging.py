@@ -25,6 +25,7 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
         cost: units of the check.
         key_id: id of the caller's API key; empty without one.
         caller: who the check is from; None where neither an API key nor a customer is known.
+        held: whether its cost is reserved by a hold, whose settlement charges it.
     """
 
     answer: Decision | None
@@ -32,6 +33,7 @@ class CheckPlan(msgspec.Struct, frozen=True, gc=False):
     cost: int = 1
     key_id: str = ""
     caller: CallerIdentity | None = None
+    held: bool = False
 
     @property
     def decides(self) -> bool:

@@ -26,6 +26,7 @@ from tidegate.gate.holds import Holds
 from tidegate.gate.planning import counters_of, exempt_plan, observation_of, plan_of_descriptor, rule_of
 from tidegate.gate.quotas import key_counters
 from tidegate.gate.request_limits import RequestLimits
+from tidegate.gate.reservations import Reservations
 from tidegate.gate.reset import counters_by_attributes, counters_by_ip, counters_by_tier
 from tidegate.gate.shadow import shadow_counters, shadow_denials
 from tidegate.gate.subjects import DescriptorCheck, shadow_subject
@@ -54,6 +55,7 @@ class Gate:
         access: denies checks, and exempts them from limits, before anything is counted.
         request_limits: decides checks that name their own limits.
         holds: reserves costs that are known later.
+        reservations: gives the moment at which a caller may go.
         tokens: verifies bearer tokens of other issuers.
     """
 
@@ -73,6 +75,7 @@ class Gate:
         self._lists = self.access.lists
         self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access)
         self.holds = Holds(counters, self.plan, self._tell, self._tell_error)
+        self.reservations = Reservations(counters, self.plan, self._tell, self._tell_error)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
@@ -117,8 +120,6 @@ class Gate:
             TidegateError: as `check`, where that is known before anything has to be awaited.
         """
         charge = self._charge_now
-        if charge is None:
-            return self._check_later(check, shadow_outcomes)
         started_ns = _clock_ns()
         try:
             active = self._lists.active
@@ -134,7 +135,7 @@ class Gate:
             if exempt:
                 counters: Counters = ()
             elif tier.has_shadow_rules:
-                if not self.counters.immediate:
+                if charge is None or not self.counters.immediate:
                     return self._check_later(check, shadow_outcomes)
                 plan = self._plan_of(check, caller, _counted_ip(check))
                 charged = [charge(each.counters, each.cost) or _unanswered() for each in plan.charges]
@@ -153,35 +154,52 @@ class Gate:
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
-        decision = charge(counters, check.cost) if counters else Decision(True, unlimited_tier=tier.tier.name)
-        if decision is None:
-            later = CheckPlan(None, (Charge(counters, check.cost),), check.cost, caller.key_id, caller.identity)
-            return self._charge_later(later, started_ns)
+        if not counters:
+            decision = Decision(True, unlimited_tier=tier.tier.name)
+        elif charge is None or (charged_now := charge(counters, check.cost)) is None:
+            return self._charge_later(counters, check.cost, caller, started_ns)
+        else:
+            decision = charged_now
         if caller.identity is not None:
             # Each decision is made for one check, so nothing else refers to it.
             force_setattr(decision, "caller", caller.identity)
-        if self._observe is not None:
+        observe = self._observe
+        if observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
                 subject = counters[0][1]
-                key_id, customer = caller.key_id, caller.customer
-                self._observe(
-                    Observation(decision, None, latency_ns, (), subject, None, check.cost, key_id, customer, (), caller)
+                observe(
+                    Observation(
+                        decision, None, latency_ns, (), subject, None, check.cost, caller.key_id, caller.customer, (), caller
+                    )
                 )
             else:
-                self._observe(observation_of(decision, counters, latency_ns, (), check.cost, caller.key_id))
+                observe(observation_of(decision, counters, latency_ns, (), check.cost, caller.key_id))
         return decision
 
-    async def _charge_later(self, plan: CheckPlan, started_ns: int) -> Decision:
+    async def _charge_later(self, counters: Counters, cost: int, caller: Caller, started_ns: int) -> Decision:
+        """Charge a check that has no shadow rules at a store that has to be awaited."""
         try:
-            charged = await self.counters.charge(plan.charges)
+            decision = (await self.counters.charge((Charge(counters, cost),)))[0]
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
-        decided = self._tell(plan, charged, _clock_ns() - started_ns)
-        if isinstance(decided, StoreUnavailable):
-            raise decided
-        return decided
+        latency_ns = _clock_ns() - started_ns
+        if isinstance(decision, StoreUnavailable):
+            self._tell_error(decision, latency_ns)
+            raise decision
+        if caller.identity is not None:
+            force_setattr(decision, "caller", caller.identity)
+        observe = self._observe
+        if observe is not None:
+            if decision.allowed:
+                subject = counters[0][1]
+                observe(
+                    Observation(decision, None, latency_ns, (), subject, None, cost, caller.key_id, caller.customer, (), caller)
+                )
+            else:
+                observe(observation_of(decision, counters, latency_ns, (), cost, caller.key_id))
+        return decision
 
     async def _check_later(self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None) -> Decision:
         started_ns = _clock_ns()
@@ -394,6 +412,8 @@ class Gate:
             observed = observation_of(decision, counters, latency_ns, shadow_denied, plan.cost, plan.key_id)
             if denials:
                 force_setattr(observed, "shadow_denials", denials)
+            if plan.held:
+                force_setattr(observed, "held", True)
             self._observe(observed)
         return decision
 

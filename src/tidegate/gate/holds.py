@@ -17,6 +17,7 @@ from tidegate.counters.holds import (
     DEFAULT_TTL_S,
     MAX_TTL_S,
     MIN_TTL_S,
+    HoldAccount,
     HoldHandle,
     HoldSettlement,
     holding,
@@ -33,6 +34,8 @@ from tidegate.timestamps import US_PER_S
 
 Report: TypeAlias = Callable[[CheckPlan, Sequence[ChargeOutcome], int], object]
 """Reports a decided plan to telemetry: its outcomes and the ns it took."""
+ReportSettled: TypeAlias = Callable[[HoldAccount, str, int, int], object]
+"""Reports what a settlement charged: whom, under which rule (empty for none), the units, and those of them above a limit."""
 ReportError: TypeAlias = Callable[[TidegateError, int], object]
 
 _RATIO_RULES: Final = 256
@@ -96,6 +99,9 @@ class Holds:
         plan: finds the limits of a check; charges nothing.
         report: called for each decided hold.
         report_error: called for each hold that was refused.
+
+    Attributes:
+        on_settled: called for each hold that was settled for the first time; None for nothing.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Holds:
         report_error: ReportError,
     ) -> None:
         self.figures = HoldFigures()
+        self.on_settled: ReportSettled | None = None
         self._counters = counters
         self._plan = plan
         self._report = report
@@ -175,8 +182,9 @@ class Holds:
         except TidegateError as error:
             self._report_error(error, time.perf_counter_ns() - started_ns)
             raise
-        self._report(msgspec.structs.replace(plan, cost=cost), outcomes, time.perf_counter_ns() - started_ns)
-        return self._opened(decision, handle, cost, ttl, counters)
+        held = handle is not None and handle.counted
+        self._report(msgspec.structs.replace(plan, cost=cost, held=held), outcomes, time.perf_counter_ns() - started_ns)
+        return self._opened(decision, handle, cost, ttl, plan)
 
     async def open_limit(self, check: LimitCheck, ttl_s: object = DEFAULT_TTL_S, *, clamp: bool = False) -> OpenedHold:
         """As `open`, for a check that names its own limits.
@@ -204,9 +212,9 @@ class Holds:
         except TidegateError as error:
             self._report_error(error, time.perf_counter_ns() - started_ns)
             raise
-        plan = CheckPlan(None, (Charge(counters, cost),), cost)
+        plan = CheckPlan(None, (Charge(counters, cost),), cost, held=handle is not None and handle.counted)
         self._report(plan, (decision,), time.perf_counter_ns() - started_ns)
-        return self._opened(decision, handle, cost, ttl, counters)
+        return self._opened(decision, handle, cost, ttl, plan)
 
     async def settle(self, hold: object, cost: object, *, success: bool = False) -> HoldSettlement:
         """End a hold and charge exactly what was used, also above the limits; 0 cancels it. Idempotent.
@@ -235,6 +243,8 @@ class Holds:
             return HoldSettlement(used)
         settled = await holding(self._counters).settle_hold(handle, used, success)
         self.figures.count_settled(handle, settled)
+        if self.on_settled is not None and handle.account is not None and not settled.repeated:
+            self.on_settled(handle.account, handle.rule or "", *handle.account.units_of(handle.cost, settled.cost))
         return settled
 
     async def renew(self, hold: object, ttl_s: object) -> int:
@@ -268,13 +278,19 @@ class Holds:
             return OpenedHold(decision, None, 0, ttl_s)
         return OpenedHold(decision, HoldHandle(new_id(), cost, counted=False).text, cost, ttl_s)
 
-    def _opened(self, decision: Decision, handle: HoldHandle | None, cost: int, ttl_s: int, counters: Counters) -> OpenedHold:
+    def _opened(self, decision: Decision, handle: HoldHandle | None, cost: int, ttl_s: int, plan: CheckPlan) -> OpenedHold:
         if handle is None:
             self.figures.denied += 1
             return OpenedHold(decision, None, 0, ttl_s)
         self.figures.opened += 1
         self.figures.degraded += decision.degraded
+        counters = plan.charges[0].counters
         failures = next((limits.failures for limits, _ in counters if limits.failures is not None), None)
+        if handle.counted:
+            customer = (plan.caller.customer if plan.caller is not None else None) or ""
+            (limits, subject), whole = counters[0], failures is not None
+            account = HoldAccount(limits.tier or "", subject, plan.key_id, customer, decision.overage, whole)
+            handle = HoldHandle(handle.id, handle.cost, handle.rule, handle.parts, account=account)
         return OpenedHold(decision, handle.text, cost, ttl_s, failures)
 
 

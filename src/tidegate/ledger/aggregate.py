@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
+from tidegate.counters.holds import HoldAccount
 from tidegate.decision import Observation
 from tidegate.latency import LatencyHistogram
 from tidegate.ledger.caller_table import CallerTable
@@ -20,8 +21,8 @@ MAX_SUMS: Final = 100_000
 MAX_MINUTES: Final = 16
 """Maximum number of minutes between two writes; more come only if a clock jumps."""
 
-Answer: TypeAlias = LimitSet | str | None
-"""What answered: limits, or the name of the tier of which none applied; None without a tier."""
+Answer: TypeAlias = LimitSet | str | tuple[str, str] | None
+"""What answered: limits; the name of the tier of which none applied, None without one; for a hold the names of tier and rule."""
 EntryKey: TypeAlias = tuple[Answer, str | None, str, str]
 """What answered, the subject that it counted, the id of the API key and the customer (empty for none)."""
 SumKey: TypeAlias = tuple[Answer, str, str]
@@ -80,7 +81,7 @@ class UsageCounts:
         if decision is None:
             return
         cost = observation.cost
-        if not cost:
+        if not cost or observation.held:
             return
         at_us = decision.at_us or now_us()  # a check without limits has no time of the store
         if not self._from_us <= at_us < self._to_us:
@@ -102,6 +103,23 @@ class UsageCounts:
                 entry[2] += decision.overage
         else:
             entry[1] += cost
+
+    def count_settled(self, account: HoldAccount, rule: str, units: int, over: int) -> None:
+        """Count what a hold was charged, in the minute of its settlement. One that expires was charged nothing.
+
+        Args:
+            account: of the hold.
+            rule: its name; empty for none.
+            units: charged.
+            over: those of them above a quota or a soft limit.
+        """
+        if not units:
+            return
+        at_us = now_us()
+        if not self._from_us <= at_us < self._to_us:
+            self._select(at_us)
+        key = ((account.tier, rule), account.subject, account.key_id, account.customer)
+        add_units(self._entries.get(key) or self._add_entry(key), (units, 0, over))
 
     def take(self) -> dict[int, Minute]:
         """The minutes counted since the last call, by their start; counting starts again from zero. Takes constant time."""

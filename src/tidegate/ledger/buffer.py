@@ -201,6 +201,8 @@ def _names(answer: Answer) -> tuple[str, str]:
     """Tier and rule."""
     if isinstance(answer, LimitSet):
         return answer.tier or "", answer.rule or ""
+    if isinstance(answer, tuple):
+        return answer
     return answer or "", ""
 
 

@@ -40,6 +40,7 @@ class UsageWriter:
         retention: how long rows are kept, and how many callers of an hour.
 
     Attributes:
+        counts: what is counted.
         instance: id of this process in `ledger_batches`, new for each.
         written: units written to the ledger.
         repeated: batches that an earlier attempt had applied.
@@ -59,7 +60,7 @@ class UsageWriter:
         self.repeated = 0
         self.lost = 0
         self.failing = False
-        self._counts = counts
+        self.counts = counts
         self._database = database
         self._flush_s = flush_s
         self._retention = retention or Retention()
@@ -73,12 +74,12 @@ class UsageWriter:
     def pending(self) -> int:
         """Number of rows not written yet."""
         batch = self._batch
-        return (0 if batch is None else len(batch)) + len(self._buffer) + len(self._counts)
+        return (0 if batch is None else len(batch)) + len(self._buffer) + len(self.counts)
 
     @property
     def unattributed(self) -> int:
         """Units in the ledger without their customer and API key, because too many waited to be written."""
-        return self._counts.unattributed + self._buffer.unattributed
+        return self.counts.unattributed + self._buffer.unattributed
 
     @property
     def dropped(self) -> int:
@@ -126,7 +127,7 @@ class UsageWriter:
         if running:
             # With a timeout: a driver may wait for a frozen server before it gives up.
             await asyncio.wait(running, timeout=_CANCEL_S)
-        await self._buffer.add(self._counts.take())
+        await self._buffer.add(self.counts.take())
         self.lost += self._buffer.units + (0 if self._batch is None else self._batch.units)
         if self.lost:
             logger.warning("%d units of usage are not confirmed by the database and may be lost with this process", self.lost)
@@ -159,7 +160,7 @@ class UsageWriter:
         self._writing = None
 
     async def _write(self) -> None:
-        await self._buffer.add(self._counts.take(), self._counts.take_latency(), now_us())
+        await self._buffer.add(self.counts.take(), self.counts.take_latency(), now_us())
         while self._batch is not None or len(self._buffer):
             if self._batch is None:
                 self._batch = self._buffer.next_batch()

@@ -201,7 +201,11 @@ class Instance:
         self._spawn("blocks", blocks.run)
         await self._notify()
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
-        gate = Gate(self.cached, self._counted(), self._observer(access), lookup_timeout_s=2 * settings.catalog.timeout_s)
+        recorders = CheckRecorders(settings, self.metrics, self.catalog.database)
+        observer = self._observer(recorders, access)
+        gate = Gate(self.cached, self._counted(), observer, lookup_timeout_s=2 * settings.catalog.timeout_s)
+        if recorders.usage is not None:
+            gate.holds.on_settled = recorders.usage.counts.count_settled
         self._stack.push_async_callback(gate.tokens.close)
         gate.tokens.when_needed = lambda: self.health.add("jwks", gate.tokens.ping)
         pages = probe_pages(self.health, self._is_draining, self._exposition, settings.callers_auth)
@@ -219,7 +223,8 @@ class Instance:
         collect_cache(self.metrics, self.cached, shared, self.catalog.database)
         collect_counters(self.metrics, self.counters)
         collect_access(self.metrics, gate.access, blocks)
-        collect_holds(self.metrics, gate.holds.figures, self.counters)
+        guard = guard_of(self.counters)
+        collect_holds(self.metrics, gate.holds.figures, self.counters, None if guard is None else guard.store.holds.ends)
         collect_background(self.metrics, SUPERVISOR)
         self.metrics.add_gauge("rate_limiter_policy_version", "Active version of the catalog.", lambda: self.cached.version)
         self.metrics.add_gauge("rate_limiter_in_flight", "Requests in flight.", lambda: self.in_flight)
@@ -288,9 +293,8 @@ class Instance:
         server = self.settings.server
         return server.reuse_port and listening_sockets(*parse_address(self.address, "server.http")) > server.workers
 
-    def _observer(self, access: AccessLog | None) -> Observer:
+    def _observer(self, recorders: CheckRecorders, access: AccessLog | None) -> Observer:
         """Called for every check: metrics; violations, usage, the access log and traces if enabled."""
-        recorders = CheckRecorders(self.settings, self.metrics, self.catalog.database)
         observers: list[Observer] = [self.metrics.observe, *recorders.observers]
         for name, work in recorders.tasks.items():
             self._spawn(name, work)

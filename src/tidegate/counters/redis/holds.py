@@ -29,6 +29,7 @@ from tidegate.counters.holds import (
 )
 from tidegate.counters.redis.command_templates import CommandTemplate
 from tidegate.counters.redis.error_replies import shown
+from tidegate.counters.redis.hold_ends import HoldEnds
 from tidegate.counters.redis.keyspace import hash_tag, slot_of_tag
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.decision import Decision
@@ -65,11 +66,13 @@ class RedisHolds:
 
     Attributes:
         watch: finds the thresholds that opening a hold crosses; None for none. The templates must be of the same.
+        ends: counts open holds.
     """
 
     def __init__(self, run: RunScript, run_late: RunScript, template: TemplateOf, most: int = MAX_HOLDS) -> None:
         self.most = most
         self.watch: CrossingWatch | None = None
+        self.ends = HoldEnds()
         self._run = run
         self._run_late = run_late
         self._template = template
@@ -85,6 +88,8 @@ class RedisHolds:
         if not sharded or len(counters) == 1:
             hold = new_id()
             decision, held = await self._open_part(counters, hold, cost, ttl_us)
+            if decision.allowed:
+                self.ends.note(decision.at_us + ttl_us, 1)
             return decision, HoldHandle(hold, cost, rule, (held,)) if decision.allowed else None
         handle = HoldHandle(new_id(), cost, rule)
         decided: list[Decision] = []
@@ -99,6 +104,7 @@ class RedisHolds:
                 return _of_check(decision, counters), None
             decided.append(decision)
             handle = msgspec.structs.replace(handle, parts=(*handle.parts, held))
+        self.ends.note(decided[0].at_us + ttl_us, 1)
         least = min(decided, key=lambda each: each.remaining or 0)
         return _of_check(least, counters, max(each.overage for each in decided)), handle
 
@@ -132,7 +138,7 @@ class RedisHolds:
     async def settle(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         if len(handle.parts) == 1:
-            settled_here = await self._settle_part(handle.id, handle.parts[0], cost, success)
+            settled_here = await self._settle_part(handle.id, handle.parts[0], cost, success, self.ends)
             if settled_here is None:
                 raise not_found()
             return settled_here
@@ -141,7 +147,7 @@ class RedisHolds:
         for part, counts in zip(handle.parts, counts_failures, strict=True):
             # Where failures are counted, everything else is charged what was reserved.
             used = cost if counts or not any(counts_failures) else handle.cost
-            each = await self._settle_part(handle.id, part, used, success)
+            each = await self._settle_part(handle.id, part, used, success, self.ends if part is handle.parts[0] else None)
             if each is not None:
                 settled.append((counts, each))
         if not settled:
@@ -151,9 +157,13 @@ class RedisHolds:
         return least if least.cost == outcome else msgspec.structs.replace(least, cost=outcome)
 
     async def _settle_part(
-        self, hold: str, part: Sequence[HeldCounter], cost: int, success: bool = False
+        self, hold: str, part: Sequence[HeldCounter], cost: int, success: bool = False, ends: HoldEnds | None = None
     ) -> HoldSettlement | None:
-        """None for a hold that is not known."""
+        """None for a hold that is not known.
+
+        Args:
+            ends: takes it off where it was settled in time; None where another part of the hold does.
+        """
         sent = tuple(each.parameters for each in part)
         keys = [_key(each.tag, each.name) for each in part]
         arguments = (*sent, *(each.record for each in part), raw_id(hold), b"%d" % cost, b"%d" % success)
@@ -162,6 +172,8 @@ class RedisHolds:
             if reply[0] == 0:
                 return None
             status, charged, late, binding, least, reset, _, _ = reply
+            if ends is not None and late > 1:
+                ends.note(late, -1)
             return HoldSettlement(charged, late == 1, _capacity(sent, abs(binding)), max(least, 0), reset, status == 2)
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a settlement: {shown(reply)}", reason="garbage") from None
@@ -194,8 +206,11 @@ class RedisHolds:
                 raise not_found()
             if status == 2:
                 raise has_ended()
-            if status != 1:
+            if status != 1 or len(reply) != 3 or not all(type(each) is int for each in reply):
                 raise StoreUnavailable(f"unexpected reply from Redis to a renewal: {shown(reply)}", reason="garbage")
+            if part is handle.parts[0]:
+                self.ends.note(reply[2], -1)
+                self.ends.note(reply[1], 1)
 
 
 def _key(tag: bytes, name: bytes) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import re
+from functools import lru_cache
 from typing import Final
 
 from tidegate.counters.redis.scripts import layout
@@ -27,17 +28,22 @@ def hash_tag(subject: str) -> bytes:
 
     No two subjects share one: `k` + 16 characters are ids alone (a plain subject has `=` before it), `#` + 22 are digests.
     """
-    if len(subject) == 26 and subject.startswith("k:"):
-        try:
-            key_id = binascii.unhexlify(subject[2:])
-            if key_id.hex() == subject[2:]:
-                return b"k" + binascii.b2a_base64(key_id, newline=False)
-        except ValueError:
-            pass  # no key's id, but a subject that looks like one: it is plain
+    if len(subject) == 26 and subject.startswith("k:") and (tag := _key_tag(subject)) is not None:
+        return tag
     if _PLAIN(subject):
         return b"=" + subject.encode()
     digest = hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=16).digest()
     return b"#" + binascii.b2a_base64(digest, newline=False)
+
+
+@lru_cache(maxsize=16_384)
+def _key_tag(subject: str) -> bytes | None:
+    """The tag of a key's id; None for a subject that only looks like one: it is plain."""
+    try:
+        key_id = binascii.unhexlify(subject[2:])
+    except ValueError:
+        return None
+    return b"k" + binascii.b2a_base64(key_id, newline=False) if key_id.hex() == subject[2:] else None
 
 
 def slot_of(subject: str) -> int:

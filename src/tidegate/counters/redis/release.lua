@@ -1,11 +1,25 @@
 -- Cancels a reservation whose moment has not come. KEYS: its counters, then for each the key that says when it was reset. ARGV: for each
 -- counter its algorithm and parameters as in charge.lua; then the cost, when it was reserved and the moment.
 -- A counter that was reset since does not contain the units any more. Answers how many of its limits have all units available again.
-local count = #KEYS / 2
+-- One more key at the end is where the reservation is remembered: what it says of the moments counts, and it remembers the answer, which
+-- is the same the second time. Where it is not there before the moment: -1.
+local count = math.floor(#KEYS / 2)
 local cost, reserved_at, moment = tonumber(ARGV[count + 1]), tonumber(ARGV[count + 2]), tonumber(ARGV[count + 3])
 local whole = 0
 if now >= moment then
   return 0
+end
+local remembered = KEYS[2 * count + 1]
+if remembered then
+  local record = redis.call('GET', remembered)
+  if not record then
+    return -1
+  end
+  local known = cmsgpack.unpack(record)
+  if known[3] then
+    return known[3]
+  end
+  reserved_at, moment = known[1], known[2]
 end
 local loaded, last = {}, true
 for k = 1, count do
@@ -42,5 +56,8 @@ for k = 1, count do
   if changed then
     redis.call('SET', KEYS[k], cmsgpack.pack(unpack(held)), 'KEEPTTL')
   end
+end
+if remembered then
+  redis.call('SET', remembered, cmsgpack.pack({reserved_at, moment, whole}), 'KEEPTTL')
 end
 return whole

@@ -1,6 +1,6 @@
 -- Moves the moment at which a hold expires. KEYS: its counters. ARGV: for each its record; then the id, and after how many microseconds
--- from now it expires. Answers 0 for an id that is not known, 1 for a hold that was renewed, 2 for one that has ended; and the
--- moment.
+-- from now it expires. Answers 0 for an id that is not known, 1 for a hold that was renewed, 2 for one that has ended; the moment, and
+-- the one before.
 local id, ttl = ARGV[#KEYS + 1], tonumber(ARGV[#KEYS + 2])
 local ends = nil
 for k = 1, #KEYS do
@@ -27,4 +27,4 @@ for k = 1, #KEYS do
     end
   end
 end
-return {1, now + ttl}
+return {1, now + ttl, tonumber(ends)}

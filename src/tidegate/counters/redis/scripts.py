@@ -142,6 +142,11 @@ def layout(limits: LimitSet) -> str:
     return _LUA_NAME[limits.algorithm]
 
 
+def layout_names(algorithms: Iterable[AnyAlgorithm]) -> dict[str, AnyAlgorithm]:
+    """One algorithm for each name in Lua that these have."""
+    return {_LUA_NAME[algorithm]: algorithm for algorithm in sorted(algorithms)}
+
+
 def boundaries_end_us(limits: LimitSet, now_us: int) -> int | None:
     """Until when parameters with the boundaries around a moment are best: the end of the first of its periods.
 

@@ -2,8 +2,8 @@
 -- everything: all that was used is charged now. KEYS: its counters. ARGV: for each its algorithm and parameters as in charge.lua, then for
 -- each its record; then the id, the units used, and 1 where the request succeeded. Where a counter counts failures, the units used say whether
 -- it failed, and other counters are charged what the hold reserved.
--- Answers: 0 for an id that is not known, 1 for a hold that ended now, 2 for one that had been settled before; the units charged; whether that
--- was after it expired; then what remains, as charge.lua answers a check of cost 0.
+-- Answers: 0 for an id that is not known, 1 for a hold that ended now, 2 for one that had been settled before; the units charged; 1 where that
+-- was after it expired, else 0 or when it would have expired; then what remains, as charge.lua answers a check of cost 0.
 local SETTLED_KNOWN = 120000
 local count = #KEYS
 local id, used = ARGV[2 * count + 1], tonumber(ARGV[2 * count + 2])
@@ -89,7 +89,8 @@ for k = 1, count do
 end
 local remaining = late and math.ceil(ENDED_KNOWN) or math.max(math.ceil((tonumber(ends) - now) / 1000), SETTLED_KNOWN)
 redis.call('SET', ended, cmsgpack.pack(used, late and 1 or 0), 'PX', remaining)
+local ended_at = late and 1 or tonumber(ends)
 if due then
-  return {1, used, late and 1 or 0, decide(KEYS, configs, 0)}
+  return {1, used, ended_at, decide(KEYS, configs, 0)}
 end
-return {1, used, late and 1 or 0, decide_once(KEYS, configs, 0)}
+return {1, used, ended_at, decide_once(KEYS, configs, 0)}

@@ -49,6 +49,7 @@ class Simulation:
         fields: other names for keys of `FIELDS`.
         clients: parses the client address.
         attributes: the field of each attribute.
+        cost_field: field with the units of a request; None if each costs 1.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Simulation:
         fields: Mapping[str, str] | None = None,
         clients: Clients | None = None,
         attributes: Sequence[str] = (),
+        cost_field: str | None = None,
     ) -> None:
         self.lines = 0
         self.malformed = 0
@@ -76,6 +78,7 @@ class Simulation:
         self._fields = fields
         self._clients = clients or Clients()
         self._attributes = attributes
+        self._cost_field = cost_field
 
     def read(self, log: LogLines) -> Iterator[int]:
         """Read one log; yields the bytes of the file read so far, at intervals.
@@ -142,6 +145,7 @@ class Simulation:
             no_address=self.no_address,
             untrusted_chains=self._clients.untrusted_chains,
             no_address_examples=self.no_address_examples,
+            with_costs=self._cost_field is not None,
         )
 
     def _parser(self, line: str) -> tuple[Parse | None, bool]:
@@ -151,7 +155,8 @@ class Simulation:
             return None, False
         header = csv_columns(line) if name == "csv" else ()
         subject, key_field, clients = self._subject, self._key_field, self._clients
-        return parser_of(name, subject, key_field, self._fields, header, clients, self._attributes), name == "csv"
+        parse = parser_of(name, subject, key_field, self._fields, header, clients, self._attributes, self._cost_field)
+        return parse, name == "csv"
 
     def _require_addresses(self) -> None:
         """Stop if most lines have a client that is not an address: the field is probably not the client's."""
@@ -194,6 +199,14 @@ def simulate(
     ] = None,
     subject: Annotated[str, typer.Option("--subject", help="Identifies a caller: ip, user, or a field of the log.")] = "ip",
     key_field: Annotated[str | None, typer.Option("--key-field", help="Field with the API key, for keys in the policy.")] = None,
+    cost_field: Annotated[
+        str | None,
+        typer.Option(
+            "--cost-field",
+            help="Field with the units of a request in a JSON, CSV or W3C log, such as usage.total_tokens; default: 1 each.",
+            show_default=False,
+        ),
+    ] = None,
     field: Annotated[
         list[str] | None,
         typer.Option(
@@ -274,7 +287,7 @@ def simulate(
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
     networks = [each for text in trusted_proxies or DEFAULT_TRUSTED for each in text.split(",") if each.strip()]
     clients = Clients(networks)
-    simulation = Simulation(replay, order, log_format, subject, key_field, roles, clients, tuple(attributes.values()))
+    simulation = Simulation(replay, order, log_format, subject, key_field, roles, clients, tuple(attributes.values()), cost_field)
     sizes = [log_size(source) for source in logs]
     interrupted = False
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from tidegate.errors import SettingsError
 from tidegate.tools.simulate.log_clients import Clients
 from tidegate.tools.simulate.log_records import (
     FIELDS,
@@ -47,6 +48,7 @@ def parser_of(
     header: Sequence[str] = (),
     clients: Clients | None = None,
     attributes: Sequence[str] = (),
+    cost_field: str | None = None,
 ) -> Parse:
     """The parser of a format.
 
@@ -58,6 +60,7 @@ def parser_of(
         header: for csv: the names of its columns.
         clients: parses the client address; None to trust proxies on loopback addresses.
         attributes: the field of each attribute of the caller; its values are the request's `attributes`, in this order.
+        cost_field: field with the units of a request; None if each costs 1.
 
     Returns:
         A function from a line to its request. It raises `Malformed`, or `Directive` for a line that belongs to the format.
@@ -67,6 +70,8 @@ def parser_of(
     """
     clients = clients or Clients()
     if name not in ("json", "csv", "w3c"):
+        if cost_field is not None:
+            raise SettingsError(f"a log in the format {name} has no costs, so no {cost_field!r}: give a JSON, CSV or W3C log")
         fields_of_text = [field.lower() for field in attributes]
         return text_parser(name, subject.lower(), key_field.lower() if key_field else None, clients, fields_of_text)
     names = dict(FIELDS) | {role: (field,) for role, field in (fields or {}).items()}
@@ -74,11 +79,13 @@ def parser_of(
         names["key"] = (key_field,)
     names["subject"] = names.get(subject.lower(), (subject,))
     if name == "json":
-        read = RecordReader(names, clients, _inner_parser(names, subject, clients, attributes), attributes)
+        read = RecordReader(
+            names, clients, _inner_parser(names, subject, clients, attributes, cost_field), attributes, cost_field
+        )
         return lambda line: read(json_record(line if line.startswith("{") else bare_line(line)))
     named = [*(names[role] for role in fields or {}), names["subject"], *((names["key"],) if key_field else ())]
-    named += [(field,) for field in attributes]
-    read_row = RecordReader(names, clients, attributes=attributes)
+    named += [(field,) for field in (*attributes, *((cost_field,) if cost_field else ()))]
+    read_row = RecordReader(names, clients, attributes=attributes, cost_field=cost_field)
     if name == "w3c":
         records = W3cRecords(lambda columns: require_columns(columns, named))
         return lambda line: read_row(records(line))
@@ -107,10 +114,10 @@ def detect(line: str) -> str | None:
 
 
 def _inner_parser(
-    names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients, attributes: Sequence[str]
+    names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients, attributes: Sequence[str], cost_field: str | None
 ) -> Callable[[str], Request]:
     """Parses the text field of a JSON record: nested JSON, one level deep, or a line of text."""
-    read = RecordReader(names, clients, attributes=attributes)
+    read = RecordReader(names, clients, attributes=attributes, cost_field=cost_field)
     parsers: dict[str, Parse] = {}
 
     def parse(text: str) -> Request:

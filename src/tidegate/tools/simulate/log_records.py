@@ -17,6 +17,7 @@ from tidegate.tools.simulate.log_request import (
     Directive,
     NoAddress,
     Request,
+    cost_of,
     key_of,
     name_of,
     path_of,
@@ -65,6 +66,7 @@ class RecordReader:
         clients: parses the client address.
         inner: parses the text field of a record without a path.
         attributes: the field of each attribute.
+        cost_field: the field of the cost; None if each request costs 1.
     """
 
     def __init__(
@@ -73,10 +75,13 @@ class RecordReader:
         clients: Clients,
         inner: Callable[[str], Request] | None = None,
         attributes: Sequence[str] = (),
+        cost_field: str | None = None,
     ) -> None:
+        self._costs = cost_field is not None
         # No role has a digit in its name.
         self._attributes = tuple(str(number) for number in range(len(attributes)))
-        fields = {role: (field,) for role, field in zip(self._attributes, attributes, strict=True)}
+        fields: dict[str, tuple[str, ...]] = {role: (field,) for role, field in zip(self._attributes, attributes, strict=True)}
+        fields["cost"] = () if cost_field is None else (cost_field,)
         self._names = {**names, **fields, **{name: (name,) for name in CALLER_FIELDS}, "inner": INNER_FIELDS}
         self._clients = clients
         self._inner = inner
@@ -123,7 +128,8 @@ class RecordReader:
             if logged:
                 raise NoAddress(logged)
             raise Malformed("no field that identifies the caller: " + self._listed("subject", "ip"))
-        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes, named))
+        cost = cost_of(_first(record, places["cost"])) if self._costs else 1
+        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes, named, cost))
 
     def _client(self, record: Mapping[str, Any], places: _Places) -> tuple[str, str]:
         """The first address among the client fields, and the logged text if none of them is an address."""

@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
+from tidegate.decision import MAX_COST
 from tidegate.policy.key_format import MAX_KEY
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.tools.simulate.log_times import Malformed
 
 MAX_NAME: Final = 255
 """Maximum characters of an address or a caller's name, longer than any host name. It limits the memory per counter."""
+MAX_COST_DIGITS: Final = 20
 METHOD: Final = re.compile(r"[A-Z][A-Z_-]{0,31}", re.ASCII)
 _ESCAPED: Final = re.compile(r"(\\(?:x[0-9A-Fa-f]{2}|.))", re.DOTALL)
 _HEX: Final = "0123456789ABCDEFabcdef"
@@ -30,6 +32,7 @@ class Request(NamedTuple):
         api_key: as logged; empty if missing or longer than the maximum key.
         attributes: a value for each attribute that the parser reads, in its order, at most 255 characters; empty if missing.
         named: key id, customer and tier that Tidegate named to the gateway that logged it; empty if the log has none of them.
+        cost: units, 0 to 1,000,000,000; 1 if the log has none.
     """
 
     at_us: int
@@ -40,6 +43,7 @@ class Request(NamedTuple):
     api_key: str
     attributes: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
+    cost: int = 1
 
 
 Parse: TypeAlias = Callable[[str], Request]
@@ -100,6 +104,24 @@ def name_of(value: object) -> str:
     if len(text) > MAX_NAME:
         raise Malformed(f"the caller's name has more than {MAX_NAME} characters")
     return text
+
+
+def cost_of(value: object) -> int:
+    """The units of a request from a logged value; 1 if there is none.
+
+    Raises:
+        Malformed: if it is not a whole number from 0 to 1,000,000,000.
+    """
+    if value is None or value in ("", "-"):
+        return 1
+    cost = value
+    if type(value) is str and len(value) <= MAX_COST_DIGITS and value.isascii() and value.isdigit():
+        cost = int(value)
+    if type(value) is float and value.is_integer():
+        cost = int(value)
+    if type(cost) is not int or not 0 <= cost <= MAX_COST:
+        raise Malformed(f"the cost {str(value)[:40]!r} is not a whole number from 0 to {MAX_COST:,}")
+    return cost
 
 
 def key_of(value: object) -> str:

@@ -139,7 +139,9 @@ def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
         if len(path) > MAX_PATH_BYTES:
             path = path[: MAX_PATH_BYTES + 1]
         # A named tuple's own constructor takes five times as long.
-        return _new(Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, "", (), ()))
+        return _new(
+            Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, "", (), (), 1)
+        )
 
     return parse
 
@@ -156,7 +158,7 @@ def _reader(
         own = tuple(name_of(values[field]) for field in attributes)
         if not (ip or named or key or any(own)):
             raise NoAddress(found.client)
-        return _new(Request, (found.at_us, ip, found.method, found.path, named, key, own, ()))
+        return _new(Request, (found.at_us, ip, found.method, found.path, named, key, own, (), 1))
 
     return parse
 

@@ -95,6 +95,13 @@ class Replay:
         self._tier_from = policy.caller_policy.tier_from if tier is None else ""
         self._matched_names: dict[CompiledTier, tuple[str, ...]] = {}
         self._default_tier = _default_tier(policy, tier)
+        self.in_progress = sorted(
+            f"{each.name}: {rule.name}"
+            for each in policy.tiers
+            for rule in each.rules
+            if rule.failures is not None or any(limit.concurrent for limit in rule.limits)
+        )
+        """Rules that count requests in progress or failures, which need to know when and how requests ended."""
         self._add_rows(self._found.tiers[self._default_tier].compiled)
         # A tier that is named applies to all callers without a key of the policy.
         self._reads_tiers = tier is None
@@ -106,7 +113,7 @@ class Replay:
 
     def decide(self, request: Request) -> None:
         """Decide one request and count the result. If it is earlier than the previous one, the previous time is used."""
-        at_us, ip, method, path, subject, api_key, values, named = request
+        at_us, ip, method, path, subject, api_key, values, named, cost = request
         if at_us > self.now_us:
             self.now_us = at_us
             if self.first_us is None:
@@ -142,17 +149,14 @@ class Replay:
             if main is None:
                 self.refused_attributes += 1
                 return
-        blocked = not self._charge(match, _Charged(caller, main or counted, counted, customer or counted, attributes))
+        blocked = not self._charge(match, _Charged(caller, main or counted, counted, customer or counted, attributes), cost)
         self.series.add(self.now_us, blocked)
         for shadow_rule, tally in match.shadow_rules:
             watched = _counted(shadow_rule, tier, counted, ip, attributes, customer)
             if watched is None:
                 continue
             charged = _Charged(caller, watched, counted, customer or counted, attributes)
-            if self.counters.charge_all(_rule_counters(shadow_rule, charged), 1).allowed:
-                tally.allowed += 1
-            else:
-                tally.blocked += 1
+            tally.add(self.counters.charge_all(_rule_counters(shadow_rule, charged), cost).allowed, cost)
 
     def finish(self) -> None:
         """Close the last minute."""
@@ -200,7 +204,7 @@ class Replay:
             self._matched_names[tier] = names
         return names
 
-    def _charge(self, match: _Match, charged: _Charged) -> bool:
+    def _charge(self, match: _Match, charged: _Charged, cost: int) -> bool:
         """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does."""
         caller = charged.caller
         counters = () if match.rule is None else _rule_counters(match.rule, charged)
@@ -208,13 +212,10 @@ class Replay:
             counters = (*counters, (caller.tier.limits, charged.own))
         if caller.quotas is not None:
             counters = (*counters, (caller.quotas, charged.owner))
-        if not counters:
-            match.tally.allowed += 1
+        allowed = not counters or self.counters.charge_all(counters, cost).allowed
+        match.tally.add(allowed, cost)
+        if allowed:
             return True
-        if self.counters.charge_all(counters, 1).allowed:
-            match.tally.allowed += 1
-            return True
-        match.tally.blocked += 1
         self.top.add((charged.counted, match.tally.rule))
         minute = self.now_us // MINUTE_US
         if minute != self._minute:

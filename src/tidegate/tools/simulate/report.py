@@ -23,7 +23,7 @@ class RuleRow(msgspec.Struct, frozen=True):
     """Requests that one rule decided.
 
     `rule` is `(tier)` for a tier's own limits alone, and `(no rule)` without any limit; `mode` is enforce, shadow, or none. For a
-    shadow rule, `blocked` counts requests that it would have blocked.
+    shadow rule, `blocked` counts requests that it would have blocked. Units are requests where the log has no costs.
     """
 
     rule: str
@@ -33,6 +33,8 @@ class RuleRow(msgspec.Struct, frozen=True):
     blocked: int
     tier: str
     mode: str
+    allowed_units: int
+    blocked_units: int
 
 
 class TopRow(msgspec.Struct, frozen=True):
@@ -83,6 +85,8 @@ class Report(msgspec.Struct, frozen=True):
         no_address_examples: the first few, with their places.
         series: moment in unix seconds, allowed, blocked.
         step_s: length of a step of the series, s.
+        with_costs: whether costs were read from the log.
+        not_simulated: rules whose limits of requests in progress or of failures were not applied.
     """
 
     lines: int
@@ -113,6 +117,8 @@ class Report(msgspec.Struct, frozen=True):
     no_address_examples: list[str]
     series: list[tuple[int, int, int]]
     step_s: int
+    with_costs: bool = False
+    not_simulated: list[str] = []
 
 
 def make_report(
@@ -126,10 +132,21 @@ def make_report(
     no_address: int = 0,
     untrusted_chains: int = 0,
     no_address_examples: Sequence[str] = (),
+    with_costs: bool = False,
 ) -> Report:
     """Create the report of a simulation after its end; the arguments are its totals and examples."""
     rows = [
-        RuleRow(tally.rule, tally.endpoint, tally.allowed + tally.blocked, tally.allowed, tally.blocked, tally.tier, tally.mode)
+        RuleRow(
+            tally.rule,
+            tally.endpoint,
+            tally.allowed + tally.blocked,
+            tally.allowed,
+            tally.blocked,
+            tally.tier,
+            tally.mode,
+            tally.allowed_units,
+            tally.blocked_units,
+        )
         for tally in sorted(
             replay.tallies.values(), key=lambda each: (each.mode == "shadow", -(each.allowed + each.blocked), each.rule)
         )
@@ -165,6 +182,8 @@ def make_report(
         no_address_examples=list(no_address_examples),
         series=[(number * step_s, *counts) for number, counts in sorted(replay.series.steps.items())],  # type: ignore[misc]
         step_s=step_s,
+        with_costs=with_costs,
+        not_simulated=replay.in_progress,
     )
 
 
@@ -183,10 +202,18 @@ def print_report(report: Report, policy: str) -> None:
         f"{report.allowed:,} allowed, {report.blocked:,} blocked ({_share(report.blocked, report.requests)})"
     )
     console.print()
-    table = _table(("rule", "tier", "requests", "allowed", "blocked", "share"))
+    units = ("units allowed", "units blocked") if report.with_costs else ()
+    table = _table(("rule", "tier", "requests", "allowed", "blocked", "share", *units))
     for row in report.rules:
         name = row.rule + (" (shadow)" if row.mode == "shadow" and "shadow" not in row.rule else "")
-        numbers = (f"{row.requests:,}", f"{row.allowed:,}", f"{row.blocked:,}", _share(row.blocked, row.requests))
+        numbers: tuple[str, ...] = (
+            f"{row.requests:,}",
+            f"{row.allowed:,}",
+            f"{row.blocked:,}",
+            _share(row.blocked, row.requests),
+        )
+        if report.with_costs:
+            numbers += (f"{row.allowed_units:,}", f"{row.blocked_units:,}")
         table.add_row(Text(clean(name)), Text(clean(row.tier)), *numbers)
     console.print(table)
     if report.top_blocked:
@@ -236,6 +263,11 @@ def notes(report: Report) -> list[str]:
             f"{report.refused_attributes:,} requests lack an attribute that their rule counts by, which is rejected with 400 "
             '(on_missing = "deny"): name its field with --field NAME=FIELD if the log has it'
         )
+    if report.not_simulated:
+        lines.append(
+            "not simulated, because a log does not say when and how requests ended: limits of requests in progress and of "
+            f"failures, of the rules {clean(', '.join(report.not_simulated[:20]))}"
+        )
     if report.top_over_by_at_most:
         lines.append(
             "more subjects were blocked than are counted exactly: the counts of those blocked most may be "
@@ -249,7 +281,7 @@ def notes(report: Report) -> list[str]:
 def _table(columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        numeric = column in ("requests", "allowed", "blocked", "share")
+        numeric = column in ("requests", "allowed", "blocked", "share", "units allowed", "units blocked")
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return table
 

@@ -34,15 +34,28 @@ class RuleTally:
         mode: enforce, shadow or none.
     """
 
-    __slots__ = ("allowed", "blocked", "endpoint", "mode", "rule", "tier")
+    __slots__ = ("allowed", "allowed_units", "blocked", "blocked_units", "endpoint", "mode", "rule", "tier")
 
     def __init__(self, tier: str, rule: str, endpoint: str, mode: str) -> None:
         self.tier = tier
         self.rule = rule
         self.endpoint = endpoint
         self.mode = mode
-        self.allowed = 0
-        self.blocked = 0
+        self.allowed = self.allowed_units = 0
+        self.blocked = self.blocked_units = 0
+
+    def add(self, allowed: bool, cost: int) -> None:
+        """Count one request.
+
+        Args:
+            cost: its units.
+        """
+        if allowed:
+            self.allowed += 1
+            self.allowed_units += cost
+        else:
+            self.blocked += 1
+            self.blocked_units += cost
 
 
 class Series:
