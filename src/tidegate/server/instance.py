@@ -202,8 +202,9 @@ class Instance:
         await self._notify()
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         recorders = CheckRecorders(settings, self.metrics, self.catalog.database)
+        counted = self._counted()  # before the observer: it starts tracing, which observes checks too
         observer = self._observer(recorders, access)
-        gate = Gate(self.cached, self._counted(), observer, lookup_timeout_s=2 * settings.catalog.timeout_s)
+        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * settings.catalog.timeout_s)
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._stack.push_async_callback(gate.tokens.close)
