@@ -12,8 +12,8 @@ in the blocking ones.
 The three apps take turns every few hundred requests. For each app the median over all turns of the process's CPU time; the ratio
 is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis itself is not counted. fastapi-limiter counts on
 Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the floor for any limit on Redis
-under FastAPI. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all
-have passed.
+under FastAPI; and our limit with leases, which as a rule waits for nothing: with 10 clients, who come often enough to be
+leased. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all have passed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from fastapi import Depends, FastAPI, Request, Response
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 from tidegate import Limiter, limit
+from tidegate.counters import CounterStore
+from tidegate.counters.factory import open_counters
 from tidegate.counters.guarded import GuardedCounters
+from tidegate.settings import LeaseSettings
 
 LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
@@ -109,11 +112,11 @@ def wsgi_serve(app: Any) -> Serve:
     return serve
 
 
-def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
+def fastapi_app(url: str | CounterStore, peer: str, which: str) -> FastAPI:
     """FastAPI with slowapi or fastapi-limiter, with our limit, or without one.
 
     Args:
-        url: of the store.
+        url: of the store; or, for our limit, the store.
         peer: name of the other limiter.
         which: of APPS.
     """
@@ -135,7 +138,7 @@ def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
             from slowapi import Limiter
             from slowapi.util import get_remote_address
 
-            slow = Limiter(key_func=get_remote_address, storage_uri=url, headers_enabled=True)
+            slow = Limiter(key_func=get_remote_address, storage_uri=str(url), headers_enabled=True)
             app.state.limiter = slow
             app.get(PATH)(slow.limit(LIMIT)(with_response))
         return app
@@ -258,14 +261,16 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
     return {which: served(which) for which in views}
 
 
-async def measure_async(apps: dict[str, Callable[[str, str], Awaitable[int]]], turns: int, count: int) -> dict[str, float]:
+async def measure_async(
+    apps: dict[str, Callable[[str, str], Awaitable[int]]], turns: int, count: int, clients: int = len(CLIENTS)
+) -> dict[str, float]:
     """CPU µs of a request to each app."""
     found: dict[str, list[float]] = {which: [] for which in apps}
     for turn in range(turns + 2):
         for which, serve in apps.items():
             started = time.process_time()
             for first in range(0, count, IN_FLIGHT):
-                asked = [serve(PATH, CLIENTS[(turn * count + each) % 1000]) for each in range(first, first + IN_FLIGHT)]
+                asked = [serve(PATH, CLIENTS[(turn * count + each) % clients]) for each in range(first, first + IN_FLIGHT)]
                 statuses = await asyncio.gather(*asked)
                 if set(statuses) != {200}:
                     raise RuntimeError(f"{which} answered {statuses}")
@@ -365,7 +370,25 @@ def main() -> None:
             finally:
                 await FastAPILimiter.close()
 
-        figures += rows("fastapi-limiter", "Redis", run_async(with_fastapi_limiter))
+        async def with_leases() -> float:
+            store = open_counters(redis.url, leases=LeaseSettings(enabled=True))
+            apps = {
+                "bare": asgi_serve(fastapi_app(redis.url, "fastapi-limiter", "bare")),
+                "tidegate": asgi_serve(fastapi_app(store, "fastapi-limiter", "tidegate")),
+            }
+            try:
+                found = await measure_async(apps, turns, count, clients=10)
+            finally:
+                await store.close()
+            return max(found["tidegate"] - found["bare"], 0.1)
+
+        beside = run_async(with_fastapi_limiter)
+        leased = run_async(with_leases)
+        figures += rows("fastapi-limiter", "Redis", beside)
+        figures += [
+            ("fastapi-limiter, Redis: Tidegate's limit with leases, 10 clients, µs CPU", leased, None),
+            ("fastapi-limiter, Redis: ratio with leases", (beside["peer"] - beside["bare"]) / leased, None),
+        ]
         waited = run_async(lambda: waiting(redis.url, 20 if smoke else 160))
         caches: dict[str, dict[str, Any]] = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}},

@@ -239,6 +239,30 @@ def test_the_views_of_a_blueprint_together(app: Flask, store: MemoryCounters) ->
     assert statuses(app, "/api/a", "/api/b", "/api/a", "/", "/") == [200, 200, 429, 200, 200]
 
 
+def test_blueprints_in_blueprints(app: Flask, store: MemoryCounters) -> None:
+    parent, child = Blueprint("parent", __name__, url_prefix="/parent"), Blueprint("child", __name__, url_prefix="/child")
+    parent.before_request(limit("3/minute", scope="parent", counters=store)(lambda: None))
+    child.before_request(limit("1/minute", scope="child", counters=store)(lambda: None))
+    parent.get("/", endpoint="view")(lambda: "")
+    child.get("/", endpoint="view")(lambda: "")
+    child.get("/free", endpoint="free")(exempt(lambda: ""))
+    parent.register_blueprint(child)
+    app.register_blueprint(parent)
+    # A name with a dot, which is not that of a blueprint.
+    app.add_url_rule("/dotted", endpoint="no.blueprint", view_func=lambda: "")
+    RateLimits(app, "2/minute", counters=store)
+    assert statuses(app, "/parent/child/", "/parent/child/", "/parent/", "/parent/") == [200, 429, 200, 429]
+    assert statuses(app, "/dotted", "/dotted", "/dotted") == [200, 200, 429]
+
+
+def test_arguments_come_before_settings(app: Flask, store: MemoryCounters) -> None:
+    app.config.update(RATELIMIT_DEFAULT="5/minute", RATELIMIT_STORAGE_URI="memory://another")
+    RateLimits(app, "1/minute", counters=store)
+    app.get("/")(lambda: "")
+    assert statuses(app, "/", "/") == [200, 429]
+    assert len(store) == 1
+
+
 def test_functions_that_views_call(app: Flask, store: MemoryCounters) -> None:
     @limit("1/minute", counters=store)
     def send_mail() -> str:
