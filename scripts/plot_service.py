@@ -15,14 +15,10 @@ import urllib.request
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("agg")
-
-from matplotlib import pyplot
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 POINTS = 300
 """About as many as can be told apart on the picture."""
@@ -100,6 +96,12 @@ def draw(source: Source, window: str, path: Path) -> None:
     requests = source.ask(f"sum by (status) (rate(rate_limiter_requests_total[{window}]))", "status")
     if not requests:
         sys.exit("plot_service: no rate_limiter_requests_total in this time: is this the Prometheus that scrapes Tidegate?")
+    # Loaded when there is something to draw: that takes seconds.
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
     figure, (checks, latency, errors) = pyplot.subplots(3, 1, sharex=True, figsize=(10, 7), height_ratios=(3, 2, 2))
     for each, colour in zip(requests, (GREEN, RED), strict=False):
         _line(checks, each, colour)

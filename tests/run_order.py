@@ -49,7 +49,7 @@ COMPUTING_S: Final = {
     "test_algorithms.py": 20,
     "test_callers_page.py": 12,
     "test_change_log.py": 15,
-    "test_cli_keys.py": 35,
+    "test_cli_keys.py": 20,
     "test_docs_site.py": 20,
     "test_model.py": 12,
     "test_prometheus_rules.py": 25,

@@ -7,7 +7,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -280,27 +280,43 @@ class ShadowDenial(msgspec.Struct, frozen=True, gc=False):
 
 
 class UsageMemo:
-    """Where the usage of a caller's last check was counted, so that the next of the kind is counted without a look-up.
+    """What a caller's checks have used since the last write, under the rule and subject that it was counted for first.
 
-    Kept by the cached caller, written and read by `tidegate.ledger.aggregate` alone.
+    Kept by the cached caller, so that such a check is counted without a look-up, and without reading any memory that the check
+    has not read already. Written and read by `tidegate.ledger.aggregate` alone.
 
     Attributes:
-        usage_token: identifies the table in which the entry is; None before the first check.
-        usage_answer: what answered, as in the key of the entry.
-        usage_subject: subject of the entry.
-        usage_entry: units of the entry.
+        key_id: id of the caller's API key; empty without one.
+        customer: name of the customer that it belongs to; empty without one.
+        usage_minute: `tidegate.ledger.aggregate.Minute` that the units belong to; None while there are none.
+        usage_answer: what answered, as in the key of an entry.
+        usage_subject: whom it counted.
+        usage_admitted: units admitted.
+        usage_blocked: units blocked.
+        usage_over: of the admitted units, those above a quota or a soft limit.
+        usage_others: entries of the same minute by what answered, where that was something else; None without any.
     """
 
-    __slots__ = ("usage_answer", "usage_entry", "usage_subject", "usage_token")
+    __slots__ = (
+        "customer",
+        "key_id",
+        "usage_admitted",
+        "usage_answer",
+        "usage_blocked",
+        "usage_minute",
+        "usage_others",
+        "usage_over",
+        "usage_subject",
+    )
 
-    def __init__(self) -> None:
-        self.usage_token: object = None
-        self.usage_answer: object = None
+    def __init__(self, key_id: str = "", customer: str = "") -> None:
+        self.key_id = key_id
+        self.customer = customer
+        self.usage_minute: Any = None
+        self.usage_answer: Any = None
         self.usage_subject: str | None = None
-        self.usage_entry: list[int] = _NO_UNITS
-
-
-_NO_UNITS: Final[list[int]] = []
+        self.usage_admitted = self.usage_blocked = self.usage_over = 0
+        self.usage_others: dict[Any, Any] | None = None
 
 
 class Observation(msgspec.Struct, frozen=True, gc=False):
@@ -348,6 +364,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
         decision: the answer to a check of cost 0, by the limit with the least left.
         windows: the same for each of the limits by itself, `overage` being all that is above a quota so far; none where the
             counter store could not say.
+        holds: open holds of its limits; None where they were not counted.
     """
 
     rule: str | None
@@ -357,6 +374,7 @@ class RuleUsage(msgspec.Struct, frozen=True, gc=False):
     limits: tuple[Limit, ...]
     decision: Decision
     windows: tuple[Decision, ...] = ()
+    holds: int | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

@@ -11,7 +11,7 @@ import pytest
 from tests.integration.admin_api import Admin, open_admin
 from tests.integration.client_driver import ClientDriver
 from tests.moments import HOUR_S, stay_within
-from tests.servers.migrated import copy_sqlite, empty_postgres, migrate_postgres
+from tests.servers.migrated import copy_sqlite, empty_postgres, renew_postgres
 from tests.servers.postgres import PostgresServer
 
 DATABASES = ("sqlite", "postgresql")
@@ -46,9 +46,10 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{file}"
     server: PostgresServer = request.getfixturevalue("postgres_server")
     name: str = request.getfixturevalue("reused_database")
-    empty_postgres(server, name)
-    if not empty:
-        migrate_postgres(server, name)
+    if empty:
+        empty_postgres(server, name)
+    else:
+        renew_postgres(server, name)
     return server.url(name)
 
 

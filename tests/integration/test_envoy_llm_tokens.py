@@ -26,6 +26,19 @@ name = "users"
   limits = ["1000/hour", "5000/day"]
 """ + "".join(f'[[api_keys]]\nkey = "{key}"\ntier = "users"\n' for key in USERS)
 
+LOG_INS = """
+[[tiers]]
+name = "anybody"
+  [[tiers.rules]]
+  endpoint = "/login"
+  methods = ["POST"]
+  subject = "ip"
+  limits = ["2/day"]
+  count = "failures"
+[anonymous]
+tier = "anybody"
+"""
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers as the chat completions of OpenAI do, with as many tokens as the request's `max_tokens`."""
@@ -33,6 +46,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
+        if self.path.startswith("/login"):
+            self.answer("text/plain", "", int(self.path.rpartition("=")[2]))
+            return
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         used = {"prompt_tokens": 1, "completion_tokens": asked["max_tokens"] - 1, "total_tokens": asked["max_tokens"]}
         if not asked.get("stream"):
@@ -45,8 +61,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events.append({"choices": [], "usage": used})
         self.answer("text/event-stream", "".join(f"data: {json.dumps(each)}\n\n" for each in events) + "data: [DONE]\n\n")
 
-    def answer(self, kind: str, body: str) -> None:
-        self.send_response(200)
+    def answer(self, kind: str, body: str, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -96,3 +112,30 @@ def test_tokens_of_answers_are_charged_to_the_user(serve: Callable[..., Any], ap
         denied = chat(first, 1)
         assert (denied.status_code, denied.json()["error"]["code"]) == (429, "RATE_LIMIT_EXCEEDED")
         assert (chat(second, 1).status_code, left(first)) == (200, [0, 3750])
+
+
+def test_failed_log_ins_are_counted_by_their_status(serve: Callable[..., Any], api: int, tmp_path: Any) -> None:
+    """With the two changes of docs/envoy.md."""
+    (tmp_path / "tidegate.policy.toml").write_text(LOG_INS)
+    tidegate = serve(grpc=True)
+    changes = {
+        '"%DYNAMIC_METADATA(llm:total_tokens)%"': '"%RESPONSE_CODE%"',
+        'descriptor_key: tidegate_forced, descriptor_value: "true"': "descriptor_key: tidegate_forced, descriptor_value: status",
+    }
+
+    def left() -> int:
+        body = {"path": "/login", "method": "POST", "ip": HOST, "cost": 0}
+        found: int = httpx.post(f"{tidegate.url}/v1/check", json=body).json()["remaining"]
+        return found
+
+    with Envoy("llm_tokens.yaml", {GRPC: tidegate.grpc_port, SERVICE: api}, changes) as envoy:
+        envoy.wait_healthy("tidegate")
+
+        def log_in(status: int) -> int:
+            return httpx.post(f"{envoy.url}/login?status={status}").status_code
+
+        assert [log_in(status) for status in (200, 302, 500, 401)] == [200, 302, 500, 401]
+        wait_until(lambda: left() == 1, what="one failure")
+        assert [log_in(status) for status in (200, 200, 403)] == [200, 200, 403]
+        wait_until(lambda: left() == 0, what="two failures")
+        assert log_in(200) == 429

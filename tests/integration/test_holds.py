@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import subprocess
 import sys
 import threading
@@ -269,6 +270,106 @@ async def test_a_promoted_replica_knows_all_holds(new_redis: Callable[[], RedisS
     await store.close()
 
 
+class RandomHolds:
+    """Holds that are opened, renewed, settled with less, as much, more, twice or late, and never, at three instances: what may be
+    reserved follows from what was settled and what is open.
+
+    Args:
+        seed: of the choices.
+        url: of the server.
+    """
+
+    LIMIT, SLOTS, SHORT_US = 200, 6, 30_000
+
+    def __init__(self, seed: int, url: str) -> None:
+        self.random = random.Random(seed)
+        self.limits = limit_set(f"{self.LIMIT}/day")
+        self.slots = LimitSet(f"random:{next(NAMES)}", ConcurrencyAlgorithm.CONCURRENT, [Limit.parse(f"{self.SLOTS} concurrent")])
+        self.counters = ((self.limits, "k"), (self.slots, "k"))
+        self.charged = 0
+        self.open: dict[HoldHandle, bool] = {}
+        """Those that were not settled, and whether they are sure to be open."""
+        self.lost: list[HoldHandle] = []
+        """Those of instances that died; they expire."""
+        self.connect(url)
+
+    def connect(self, url: str) -> None:
+        self.stores = [GuardedCounters(RedisCounters(url, TIMEOUT_S)) for _ in range(3)]
+
+    async def close(self) -> None:
+        for store in self.stores:
+            await store.close()
+
+    async def step(self) -> None:
+        store = self.random.choice(self.stores)
+        if self.random.random() < 0.5 or not self.open:
+            await self.open_one(store)
+            return
+        handle = self.random.choice(list(self.open))
+        if self.random.random() < 0.15:
+            # Its instance dies: nobody settles it. A long one would be open until the end of the test.
+            if not self.open[handle]:
+                self.lost.append(handle)
+                del self.open[handle]
+            return
+        if self.open[handle] and self.random.random() < 0.2:
+            await store.renew_hold(handle, 2 * MINUTE_US)
+            return
+        await self.settle(store, handle, self.random.choice((0, handle.cost // 2, handle.cost, handle.cost + 15)))
+
+    async def open_one(self, store: GuardedCounters) -> None:
+        cost, is_long = self.random.randrange(60), self.random.random() < 0.6
+        sure = [each for each, known in self.open.items() if known]
+        decision, handle = await store.open_hold(self.counters, cost, MINUTE_US if is_long else self.SHORT_US)
+        if handle is not None:
+            assert self.charged + sum(each.cost for each in sure) + cost <= max(self.LIMIT, self.charged + (cost == 0))
+            assert len(sure) < self.SLOTS
+            self.open[handle] = is_long
+            return
+        maybe = [*self.open, *self.lost]
+        assert not decision.degraded
+        assert self.charged + sum(each.cost for each in maybe) + cost > self.LIMIT or len(maybe) >= self.SLOTS
+
+    async def settle(self, store: GuardedCounters, handle: HoldHandle, used: int) -> None:
+        settled = await store.settle_hold(handle, used)
+        assert (settled.cost, settled.repeated) == (used, False)
+        assert not (settled.late and self.open[handle])
+        again = await self.random.choice(self.stores).settle_hold(handle, used + 1)
+        assert (again.cost, again.repeated) == (used, True)
+        self.charged += used
+        del self.open[handle]
+
+    async def finish(self) -> None:
+        """Settle what is open: then exactly what was settled is used, and all slots are free."""
+        for handle in list(self.open):
+            await self.settle(self.stores[0], handle, handle.cost)
+
+        async def is_exact() -> bool:
+            left = await remaining(self.stores[1], self.counters[0]), await remaining(self.stores[2], self.counters[1])
+            return left == (max(self.LIMIT - self.charged, 0), self.SLOTS)
+
+        await until_true(is_exact)
+        await self.close()
+
+
+async def test_random_holds_of_instances_that_die_and_a_redis_that_is_promoted(new_redis: Callable[[], RedisServer]) -> None:
+    server, replica = new_redis(), new_redis()
+    replica.must("REPLICAOF", "127.0.0.1", str(server.port))
+    runs = [RandomHolds(seed, server.url) for seed in range(6)]
+    for run in runs:
+        for _ in range(40):
+            await run.step()
+    await until_true(lambda: _is_replicated(server))
+    server.kill()
+    replica.must("REPLICAOF", "NO", "ONE")
+    for run in runs:
+        await run.close()
+        run.connect(replica.url)
+        for _ in range(40):
+            await run.step()
+        await run.finish()
+
+
 async def _is_replicated(server: RedisServer) -> bool:
     """WAIT is for what the same connection wrote; the replica applies all writes in order."""
 
@@ -336,6 +437,7 @@ async def test_instances_together_know_how_many_holds_are_open(redis_server: Red
         return sum(each.holds.ends.open for each in stores), sum(each.holds.ends.expired for each in stores)
 
     assert figures() == (3, 0)
+    assert list(await stores[1].count_holds((*counters, (limits, "other"), (limit_set("1/day"), "gauge")))) == [3, 0, 0]
     one, other, third = (each for each in handles if each is not None)
     for _ in range(2):
         await stores[1].settle_hold(one, 1)

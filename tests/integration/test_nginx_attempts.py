@@ -79,4 +79,4 @@ def test_failed_attempts_count_and_others_do_not(tmp_path: Path, serve: Callable
         assert int(denied.headers["retry-after"]) > 0
         tidegate.stop()
         away = log_in("right")
-        assert (away.status_code, away.headers["x-tidegate-error"]) == (503, "UNAVAILABLE")
+        assert (away.status_code, away.headers["x-tidegate-error"]) == (503, "LIMITER_UNAVAILABLE")

@@ -38,6 +38,11 @@ name = "public"
   algorithm = "token_bucket"
   limits = ["60/minute"]
   [[tiers.rules]]
+  endpoint = "/login"
+  subject = "tier"
+  limits = ["3/hour"]
+  count = "failures"
+  [[tiers.rules]]
   endpoint = "/slots"
   subject = "tier"
   limits = ["1 concurrent"]
@@ -98,6 +103,20 @@ async def test_a_forced_charge_goes_above_the_limit_and_refunds_end_at_zero(
     await ask(service, request([entry, FORCED], domain=domain, own_hits=[100]))
     clock.advance(3600)
     assert (await ask(service, request([entry], domain=domain, own_hits=[50]), 0)).statuses[0].limit_remaining == 100
+
+
+async def test_hits_that_are_a_status_are_an_outcome(service: RateLimitService, seen: list[Observation]) -> None:
+    path, outcome = ("path", "/login"), ("tidegate_forced", "status")
+    for status, remaining in ((200, 3), (401, 2), (500, 2), (403, 1), (302, 1), (401, 0)):
+        await ask(service, request([path, outcome], own_hits=[status]))
+        assert await left(service, path) == (OK if remaining else OVER_LIMIT, remaining)
+    assert {each.cost for each in seen} == {0, 1}, "one unit for telemetry, whatever the status"
+    other = ("path", "/v1/a")
+    await ask(service, request([other, outcome], own_hits=[401]))
+    assert (await left(service, other))[1] == 99, "rules that count requests count one"
+    answer = await ask(service, request([other, outcome], own_hits=[5]))
+    assert (answer.overall_code, headers(answer)["x-tidegate-error"]) == (OVER_LIMIT, "BAD_REQUEST")
+    assert (await ask(service, request([path, outcome], own_hits=[0]))).overall_code == OVER_LIMIT, "no response: a look"
 
 
 async def test_a_charge_and_a_refund_in_one_call(service: RateLimitService, seen: list[Observation]) -> None:

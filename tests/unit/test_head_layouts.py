@@ -126,7 +126,6 @@ def test_what_a_layout_reads_is_what_llhttp_reads(edits: list[tuple[int, int, by
 @pytest.mark.parametrize(
     "changed",
     [
-        b"Connection: close",
         b"Content-Length: 0",
         b"Transfer-Encoding: chunked",
         b"Expect: 100-continue",
@@ -138,6 +137,24 @@ def test_what_a_layout_reads_is_what_llhttp_reads(edits: list[tuple[int, int, by
 def test_heads_with_headers_that_say_more_are_not_learned(changed: bytes) -> None:
     data = HEAD.replace(b"Cookie: a=b; c=d", changed)
     assert authorize_layouts().learn(data) is None
+
+
+def test_a_connection_that_ends_is_left_to_llhttp() -> None:
+    data = HEAD.replace(b"Cookie: a=b; c=d", b"Connection: keep-alive")
+    layout = authorize_layouts().learn(data)
+    assert layout is not None
+    assert layout.read(data) == (b"key-1", b"/api/v1/items", b"POST", b"203.0.113.7")
+    for value in (b"close", b"keep-alive, close", b"upgrade", b"keep-alive "):
+        assert layout.read(data.replace(b"keep-alive", value)) is None
+
+
+def test_a_layout_is_found_again_after_a_head_in_pieces() -> None:
+    parser = trained()
+    parser.parse(HEAD[:50])
+    parser.parse(HEAD[50:])
+    for number in (5, 6, 7):
+        parser.parse(HEAD.replace(b"key-1", b"key-%d" % number))
+    assert [facts is not None for facts in parser.facts] == [False, False, True, False, False, True, True]
 
 
 def test_the_table_is_bounded_and_renewed() -> None:

@@ -555,3 +555,20 @@ def test_open_holds_on_redis_are_counted_by_when_they_expire(clock: Clock) -> No
     one.note(start, 1)
     clock.advance(60)
     assert (one.open + other.open, one.expired + other.expired) == (0, 3)
+
+
+async def test_usage_of_operators_has_the_open_holds(clock: Clock, store: MemoryCounters) -> None:
+    gate = Gate(CachedCatalog(PolicyCatalog(parse_policy(POLICY))), store)
+    check = Check.of("/llm/chat", "POST", "demo-free-key-0001", cost=10)
+    held = [(await gate.holds.open(check)).hold for _ in range(3)]
+
+    async def holds() -> dict[str | None, int | None]:
+        usage = await gate.usage("demo-free-key-0001", count_holds=True)
+        return {each.rule: each.holds for each in usage.rules}
+
+    assert await holds() == {None: 3, "tokens": 3}
+    await gate.holds.settle(held[0], 5)
+    assert await holds() == {None: 2, "tokens": 2}
+    clock.advance(61)
+    assert await holds() == {None: 0, "tokens": 0}
+    assert {each.holds for each in (await gate.usage("demo-free-key-0001")).rules} == {None}

@@ -171,3 +171,26 @@ async def test_what_remained_is_known_until_its_window_ends() -> None:
     assert made.late.remaining(charge(limits=bucket).counters) is None, "a bucket fills all the time"
     made.now_us += 1
     assert made.late.remaining(charge(limits=sliding).counters) is None
+
+
+async def test_one_answer_alone_is_used_for_a_moment_only() -> None:
+    made = Made()
+    made.late.observe(charge().counters, said(True, 19))
+    assert made.late.may_admit(charge(), 3)
+    made.now_us += 200_001
+    assert not made.late.may_admit(charge(), 3), "nobody knows how fast the others use it up"
+    assert made.late.may_admit(charge(), 1)
+    made.late.observe(charge().counters, msgspec.structs.replace(said(True, 19), at_us=AT_US + 200_000))
+    made.now_us += 10_000_000
+    assert made.late.may_admit(charge(), 3), "nothing is used between the two"
+    made.late.observe(charge(subject="leased").counters, said(True, 30))
+    made.now_us += 10_000_000
+    assert made.late.may_admit(charge(subject="leased"), 3), "half of the limit remained"
+
+
+async def test_what_leases_decided_since_the_answer_is_kept_back_for_each_other_instance() -> None:
+    made = Made()
+    made.late.observe(charge().counters, said(True, 30))
+    assert made.late.may_admit(charge(), 3, leased=3)
+    assert not made.late.may_admit(charge(), 3, leased=4), "30 - 2 * 2 * 4 leave four for each, and four were used"
+    assert made.late.may_admit(charge(), 1, leased=0)

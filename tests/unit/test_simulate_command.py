@@ -440,3 +440,33 @@ def test_a_terminal_sees_how_far_it_is_and_a_pipe_does_not(policy: Path, tmp_pat
     assert b"simulating" in shown
     assert json.loads(out)["requests"] == 50_000
     assert run(log, "-p", str(policy)).stderr == b""
+
+
+def test_budgets_of_tokens_are_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = tmp_path / "tokens.policy.toml"
+    policy.write_text("""
+    [[tiers]]
+    name = "public"
+      [[tiers.rules]]
+      name = "tokens"
+      endpoint = "/chat"
+      algorithm = "fixed_window"
+      subject = "ip"
+      limits = ["1000/day", "5 concurrent"]
+    [anonymous]
+    tier = "public"
+    """)
+    log = tmp_path / "tokens.log"
+    lines = [{"time": T0 + second, "ip": "10.0.0.1", "path": "/chat"} for second in range(4)]
+    costs = ({"usage": {"tokens": 700}}, {"usage": {"tokens": 400}}, {}, {"usage": {"tokens": "many"}})
+    log.write_text("".join(json.dumps(line | cost) + "\n" for line, cost in zip(lines, costs, strict=True)))
+    assert simulate([str(log)], policy, cost_field="usage.tokens", as_json_=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    (row,) = report["rules"]
+    assert (row["allowed"], row["blocked"], row["allowed_units"], row["blocked_units"]) == (2, 1, 701, 400)
+    assert (report["malformed"], report["with_costs"], report["not_simulated"]) == (1, True, ["public: tokens"])
+    assert "the cost 'many' is not a whole number" in report["malformed_examples"][0]
+    assert simulate([str(log)], policy, cost_field="usage.tokens") == 0
+    printed = capsys.readouterr().out
+    assert "units allowed" in printed
+    assert "not simulated" in printed

@@ -62,7 +62,7 @@ async def key_usage(editor: CatalogEditor, gate: Gate, key_id: str, ip: str | No
         CatalogUnavailable: if the catalog does not answer.
     """
     client = None if ip is None else client_of(ip)
-    return await caller_usage(gate.counters, await caller_of(editor, gate, key_id), client)
+    return await caller_usage(gate.counters, await caller_of(editor, gate, key_id), client, count_holds=True)
 
 
 async def subject_usage(gate: Gate, subject: str, ip: str | None, tier: str | None) -> tuple[Usage, str]:
@@ -87,7 +87,7 @@ async def subject_usage(gate: Gate, subject: str, ip: str | None, tier: str | No
         raise BadRequest("a subject with api_key cannot be read by its attributes alone: give api_key_id", field="subject")
     attributes = {name: value for name, value in entries.items() if name != "ip"}
     try:
-        usage = await gate.usage(ip=ip or entries.get("ip"), attributes=attributes, tier=tier)
+        usage = await gate.usage(ip=ip or entries.get("ip"), attributes=attributes, tier=tier, count_holds=True)
     except MissingApiKey:
         raise NotFound("the policy has no tier for callers without an API key and with these attributes: give tier") from None
     return usage, attribute_subject_text(subject)
@@ -151,7 +151,7 @@ async def customer_usage(editor: CatalogEditor, gate: Gate, name: str, tier: str
     """
     await get_customer(editor, name)
     caller = await customer_caller(gate.catalog, name, tier)
-    return await caller_usage(gate.counters, caller, None), caller.customer_subject
+    return await caller_usage(gate.counters, caller, None, count_holds=True), caller.customer_subject
 
 
 async def reset_customer(editor: CatalogEditor, gate: Gate, name: str) -> int:

@@ -150,9 +150,7 @@ class Caller(UsageMemo):
         never_ends: whether the key is active and neither it nor one of its overrides ends, or there is no key.
         tier: the tier's rules, with the key's own limits where it has any.
         anchor: when the periods of its quotas begin.
-        key_id: id of the key; empty without one.
         quota_subject: whom quotas count: the customer, or else the key; empty for the client's address, where there is neither.
-        customer: name of the customer; empty without one.
         customer_subject: whom rules by customer count; empty for the caller itself, where there is no customer.
         identity: who it is, for decisions; None where there is neither a key nor a customer.
         last_counters: the rule that answered its last check, and the counters of that, where they depend on nothing else.
@@ -165,11 +163,9 @@ class Caller(UsageMemo):
         "anchor",
         "api_key",
         "cached_tier",
-        "customer",
         "customer_subject",
         "form_checked",
         "identity",
-        "key_id",
         "last_counters",
         "never_ends",
         "quota_subject",
@@ -179,7 +175,8 @@ class Caller(UsageMemo):
     )
 
     def __init__(self, api_key: ApiKey | None, cached_tier: CachedTier) -> None:
-        super().__init__()
+        customer = cached_tier.customer
+        super().__init__("" if api_key is None else api_key.id, "" if customer is None else customer.record.name)
         self.api_key = api_key
         self.cached_tier = cached_tier
         self.recent = False
@@ -191,17 +188,14 @@ class Caller(UsageMemo):
             api_key is None or (api_key.status is KeyStatus.ACTIVE and api_key.expires_at_us is None)
         )
         self.subject = "" if api_key is None else f"k:{api_key.owner}"
-        self.key_id = "" if api_key is None else api_key.id
-        customer = cached_tier.customer
         self.identity: CallerIdentity | None = None
         if customer is None:
-            self.customer = self.customer_subject = ""
+            self.customer_subject = ""
             self.anchor = DEFAULT_ANCHOR
             self.quota_subject = self.subject
             if api_key is not None:
                 self.identity = CallerIdentity(api_key.id, None)
         else:
-            self.customer = customer.record.name
             self.customer_subject = self.quota_subject = customer.subject
             self.anchor = customer.anchor
             self.identity = CallerIdentity(None if api_key is None else api_key.id, customer.record.name)

@@ -6,6 +6,7 @@ open no database do not load SQLAlchemy.
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from importlib import import_module
@@ -42,6 +43,24 @@ COMMANDS: Final = {
 """Import path of each command: a function, or a group of commands."""
 
 
+@functools.cache
+def _command(name: str) -> Any:
+    """Import a command and read its parameters, once in a process: that takes longer than most commands."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    # Nothing that is imported is garbage; to look for it takes a tenth of the time of a short command.
+    gc.disable()
+    try:
+        command = getattr(import_module(module), attribute)
+    finally:
+        gc.enable()
+    wrapper = typer.Typer(add_completion=False, rich_markup_mode=None)
+    if isinstance(command, typer.Typer):
+        wrapper.add_typer(command, name=name)
+    else:
+        wrapper.command(name)(command)
+    return typer.main.get_group(wrapper).commands[name]
+
+
 class _Commands(TyperGroup):
     """The commands, each imported on first use."""
 
@@ -50,19 +69,7 @@ class _Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         if cmd_name in COMMANDS and cmd_name not in self.commands:
-            module, _, attribute = COMMANDS[cmd_name].partition(":")
-            # Nothing that is imported is garbage; to look for it takes a tenth of the time of a short command.
-            gc.disable()
-            try:
-                command = getattr(import_module(module), attribute)
-            finally:
-                gc.enable()
-            wrapper = typer.Typer(add_completion=False, rich_markup_mode=None)
-            if isinstance(command, typer.Typer):
-                wrapper.add_typer(command, name=cmd_name)
-            else:
-                wrapper.command(cmd_name)(command)
-            self.commands[cmd_name] = typer.main.get_group(wrapper).commands[cmd_name]
+            self.commands[cmd_name] = _command(cmd_name)
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

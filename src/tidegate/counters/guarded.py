@@ -184,6 +184,10 @@ class GuardedCounters(DegradedDecisions):
         """See `HoldingCounterStore.settle_hold`."""
         return await self._holds.settle(handle, cost, success)
 
+    async def count_holds(self, counters: Counters) -> Sequence[int]:
+        """See `HoldCountingStore.count_holds`."""
+        return await self.store.count_holds(counters)
+
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         await self.store.renew_hold(handle, ttl_us)

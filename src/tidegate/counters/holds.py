@@ -11,6 +11,7 @@ import base64
 import binascii
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
@@ -261,6 +262,22 @@ class HoldingCounterStore(Protocol):
 
 
 @runtime_checkable
+class HoldCountingStore(Protocol):
+    """A counter store that says how many holds are open."""
+
+    async def count_holds(self, counters: Counters) -> Sequence[int]:
+        """How many holds of each counter are open.
+
+        Args:
+            counters: any number, also of different subjects.
+
+        Raises:
+            StoreUnavailable: if the store does not answer.
+        """
+        ...
+
+
+@runtime_checkable
 class BlockingHoldingStore(Protocol):
     """`HoldingCounterStore` for threads."""
 
@@ -318,6 +335,13 @@ def holding(store: object) -> HoldingCounterStore:
     """
     if _keeps_holds(type(store)):  # type: ignore[arg-type]  # mypy: classes are not hashable
         return cast("HoldingCounterStore", store)
+    raise BadRequest(f"the counter store {type(store).__name__} keeps no holds: use memory:// or Redis")
+
+
+def counting_holds(store: object) -> HoldCountingStore:
+    """As `holding`, for a store that counts holds."""
+    if isinstance(store, HoldCountingStore):
+        return store
     raise BadRequest(f"the counter store {type(store).__name__} keeps no holds: use memory:// or Redis")
 
 

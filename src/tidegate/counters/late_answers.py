@@ -14,7 +14,8 @@ instance admits, beyond what it knows to be charged, at most its share of what r
 quarter is a reserve for what other instances may have used since; where they used more, by the last two answers, twice as much as
 they use in the time since is the reserve; where this instance used leases since, twice what it used for each of the others. Where
 nothing is remembered, half of the limit was left at the last reply, if there was one: then it is a share of a quarter of the
-limit, and one check in any case. A single instance needs no reserve.
+limit, and one check in any case. Where one answer alone is known, of less than half of the limit, nothing is admitted once it is
+0.2 s old: it shows no rate. A single instance needs no reserve.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ MAX_PREPAID: Final = 10_000
 PREPAID_TTL_US: Final = 1_000_000
 RETRY_US: Final = 500_000
 """`Retry-After` of a check denied at its deadline, µs: by then the reply has come or the connection is dropped."""
+_ALONE_US: Final = 200_000
+"""How long a single answer is used where less than half of the limit remained, µs: it shows no rate of the others."""
 _RATE_OVER_US: Final = 100_000
 """Answers closer together than this, µs, are not compared."""
 _WINDOWS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW)
@@ -51,7 +54,7 @@ class _Scarce(NamedTuple):
         window_until_us: until then no more can remain, but for units that are given back.
         sent_us: not later than the moment of the figure.
         at_us: the same by the store's clock.
-        rate: units that all instances used in a second, by the last answers.
+        rate: units that all instances used in a second, by the last answers; below 0 where one answer alone is known.
     """
 
     until_us: int
@@ -101,14 +104,14 @@ class LateAnswers:
         """
         if len(self._scarce) >= MAX_SCARCE and counters not in self._scarce:
             self._scarce.popitem(last=False)
-        now_us, at_us, remaining, rate = self._now_us(), decision.at_us, decision.remaining or 0, 0.0
+        now_us, at_us, remaining, rate = self._now_us(), decision.at_us, decision.remaining or 0, -1.0
         before = self._scarce.get(counters)
         if before is not None and now_us < before.until_us:
             if before.at_us > at_us:
                 return
             # Answers that come together say little of the rate: it does not fall at once.
             used, passed_us = max(before.remaining - remaining, 0), at_us - before.at_us
-            rate = max(used * 1e6 / passed_us if passed_us >= _RATE_OVER_US else 0.0, before.rate / 2)
+            rate = max(used * 1e6 / passed_us if passed_us >= _RATE_OVER_US else -1.0, before.rate / 2)
         until_us = now_us + decision.reset_after_us
         # A sliding window that has ended gives back more and more before all of it counts no longer.
         window_until_us = min(until_us, now_us + _window_left_us(counters, decision))
@@ -131,7 +134,10 @@ class LateAnswers:
         known = self._scarce.get(charge.counters)
         if known is not None and known.until_us > (now_us := self._now_us()):
             if instances > 1:
-                reserve = max(reserve, math.ceil(2 * known.rate * (now_us - known.sent_us) / 1e6))
+                age_us = now_us - known.sent_us
+                if known.rate < 0 and age_us > _ALONE_US and known.remaining * 2 < capacity:
+                    return False
+                reserve = max(reserve, math.ceil(2 * known.rate * age_us / 1e6))
             return outstanding + charge.cost <= max(known.remaining - reserve, 0) // instances
         if not outstanding:
             return charge.cost <= max(capacity // instances, 1)

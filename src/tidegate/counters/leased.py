@@ -25,7 +25,7 @@ import msgspec
 from tidegate.background import SUPERVISOR, stop
 from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LeaseGrantor
 from tidegate.counters.adjustments import adjusting
-from tidegate.counters.holds import HoldHandle, HoldSettlement, holding
+from tidegate.counters.holds import HoldHandle, HoldSettlement, counting_holds, holding
 from tidegate.counters.lease_table import LeaseTable, covers
 from tidegate.counters.reservations import Reservation, ReservationHandle, naming_reservations, not_found
 from tidegate.decision import Decision
@@ -122,6 +122,10 @@ class LeasedCounters:
     async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         return await holding(self.store).settle_hold(handle, cost, success)
+
+    async def count_holds(self, counters: Counters) -> Sequence[int]:
+        """See `HoldCountingStore.count_holds`."""
+        return await counting_holds(self.store).count_holds(counters)
 
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""

@@ -6,7 +6,7 @@ A hold costs about 110 bytes while it is open, and 90 for two minutes after it w
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from tidegate.algorithms import State, failures
@@ -217,6 +217,11 @@ class MemoryHolds(MemoryStorage):
     async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         return self.settle_hold_now(handle, cost, success)
+
+    async def count_holds(self, counters: Counters) -> Sequence[int]:
+        """See `HoldCountingStore.count_holds`."""
+        self._expire_holds(self._clock())
+        return [self.open_holds_of(limits, subject) for limits, subject in counters]
 
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""

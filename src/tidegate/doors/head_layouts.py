@@ -24,9 +24,10 @@ RENEW_S: Final = 60.0
 _LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): [!-~]")
 _VALUE: Final = rb"(?! )[ -~]*+(?<! )"
 """Printable ASCII without a space at either end, and not empty: the space behind the colon is the only one."""
+_KEEP_ALIVE: Final = rb"[Kk]eep-[Aa]live"
+"""The one value of `Connection` that says nothing new in HTTP/1.1."""
 _CLOSING: Final = frozenset(
     (
-        b"connection",
         b"content-length",
         b"expect",
         b"keep-alive",
@@ -126,9 +127,8 @@ class HeadLayouts:
         if len(present) < len(lower) or b"host" not in present or not _CLOSING.isdisjoint(present) or not self._accepts(present):
             return None
         read = [name for name in lower if name in self._patterns]
-        lines = [
-            re.escape(name) + b": " + self._patterns.get(each, _VALUE) + b"\r\n" for name, each in zip(names, lower, strict=True)
-        ]
+        allowed = {b"connection": _KEEP_ALIVE, **self._patterns}
+        lines = [re.escape(name) + b": " + allowed.get(each, _VALUE) + b"\r\n" for name, each in zip(names, lower, strict=True)]
         # The group that is always empty takes the place of headers that do not come.
         pattern = re.compile(b"GET " + re.escape(self.target) + rb" HTTP/1\.1\r\n" + b"".join(lines) + b"\r\n()")
         places = [read.index(name) + 1 if name in read else len(read) + 1 for name in self._patterns]

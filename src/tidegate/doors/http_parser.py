@@ -57,6 +57,7 @@ class RequestParser:
         "_last_bytes",
         "_layout",
         "_layouts",
+        "_learned",
         "_lingers",
         "_names",
         "_overhead",
@@ -75,6 +76,7 @@ class RequestParser:
         self._layouts = layouts
         self._layout: HeadLayout | None = None  # of an earlier request, where the last read ended with a whole one
         self._names: tuple[bytes, ...] = ()  # of the headers of the last request that llhttp has read, if a layout may be of use
+        self._learned = False  # whether the layout of a head with these names was looked for
         self._parser = httptools.HttpRequestParser(self)
         self._part = BETWEEN
         self._began = False  # whether a message began, or ended, within the bytes that are being parsed
@@ -155,6 +157,7 @@ class RequestParser:
                 self._last = None
             return True
         self._last = self._layout = None
+        self._learned = False
         self._bound_part(size)
         return False
 
@@ -164,9 +167,12 @@ class RequestParser:
         if last is None or last.target != layouts.target or last.method != "GET" or last.body is not None:
             return
         names = tuple(last.values)
-        if names == self._names:
+        if names != self._names:
+            self._names, self._learned = names, False
+        elif not self._learned:
+            # Once: it costs as much as reading such a head.
+            self._learned = True
             self._layout = layouts.learn(data) or self._layout
-        self._names = names
 
     def _bound_part(self, size: int) -> None:
         """The bytes that came ended within a message."""

@@ -18,13 +18,17 @@ from tidegate.policy.limits import ConcurrencyAlgorithm
 
 CHARGE: Final = 1
 REFUND: Final = -1
+OUTCOME: Final = 2
+"""The hits are the HTTP status of the response: a failure where a rule that counts failures says so; one unit elsewhere."""
+_STATUSES: Final = range(100, 600)
 
 
 async def adjust(store: CounterStore, plans: Sequence[tuple[CheckPlan | TidegateError, int]]) -> list[ChargeResult]:
     """Adjust the counters of plans, each on its own, in order.
 
     Args:
-        plans: pairs of the plan of a check, or its error, and `CHARGE` or `REFUND`; the check's cost is what is adjusted.
+        plans: pairs of the plan of a check, or its error, and `CHARGE`, `REFUND` or `OUTCOME`; the check's cost is what is
+            adjusted, or the status.
 
     Returns:
         For each what became of it; a decision is always allowed.
@@ -35,7 +39,10 @@ async def adjust(store: CounterStore, plans: Sequence[tuple[CheckPlan | Tidegate
             results.append(ChargeResult(plan))
             continue
         try:
-            outcomes = [await _adjust_counters(store, charge.counters, sign * charge.cost) for charge in plan.charges]
+            if sign == OUTCOME:
+                outcomes = [await _record_outcome(store, charge.counters, charge.cost) for charge in plan.charges]
+            else:
+                outcomes = [await _adjust_counters(store, charge.counters, sign * charge.cost) for charge in plan.charges]
         except BadRequest as error:  # a store that is not one of Tidegate's
             results.append(ChargeResult(error))
             continue
@@ -44,6 +51,20 @@ async def adjust(store: CounterStore, plans: Sequence[tuple[CheckPlan | Tidegate
         else:
             results.append(ChargeResult(plan.answer, outcomes))
     return results
+
+
+async def _record_outcome(store: CounterStore, counters: Counters, status: int) -> ChargeOutcome:
+    if status not in _STATUSES:
+        raise BadRequest(
+            f"hits {status} are not an HTTP status from 100 to 599: send hits_addend '%RESPONSE_CODE%'", field="hits"
+        )
+    failed = tuple(each for each in counters if each[0].failures is not None and status in each[0].failures.statuses)
+    others = tuple(each for each in counters if each[0].failures is None)
+    decided = await _adjust_counters(store, failed, 1)
+    if not others:
+        return decided
+    charged = await _adjust_counters(store, others, 1)
+    return decided if failed and isinstance(charged, Decision) else charged
 
 
 async def _adjust_counters(store: CounterStore, counters: Counters, units: int) -> ChargeOutcome:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from msgspec.structs import force_setattr
+from msgspec.structs import force_setattr, replace
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
@@ -18,7 +18,7 @@ from tidegate.counters.storage_uri import counters_url
 from tidegate.decision import Check, Decision, Observation, Usage, client_of, ipv6_client, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.access import AccessControl
-from tidegate.gate.adjusting import adjust
+from tidegate.gate.adjusting import OUTCOME, adjust
 from tidegate.gate.callers import LOOKUP_TIMEOUT_S, CallerLookup, Sender
 from tidegate.gate.charging import ChargeResult, CheckPlan, charge_all_or_none, charge_independently
 from tidegate.gate.customers import customer_counters
@@ -259,7 +259,8 @@ class Gate:
         started_ns = _clock_ns()
         settled = await adjust(self.counters, plans)
         charged = [number for number, (_, sign) in enumerate(plans) if sign > 0]
-        self._tell_all([plans[number][0] for number in charged], [settled[number] for number in charged], started_ns)
+        told = [_one_unit(*plans[number]) for number in charged]
+        self._tell_all(told, [settled[number] for number in charged], started_ns)
         return settled
 
     async def usage(
@@ -269,6 +270,7 @@ class Gate:
         *,
         attributes: Mapping[str, str] | None = None,
         tier: str | None = None,
+        count_holds: bool = False,
     ) -> Usage:
         """What is left to a caller, in each window of each rule. Charges nothing, and is not observed: it is no check.
 
@@ -277,6 +279,7 @@ class Gate:
             ip: IPv4 or IPv6 address of the client, or None where it is not known.
             attributes: of the caller, by name; see `Check.of`.
             tier: of a caller without a key; None where the policy is to decide.
+            count_holds: see `caller_usage`.
 
         Returns:
             The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
@@ -300,7 +303,7 @@ class Gate:
             caller = await self._caller(api_key, client)
         else:
             caller = await self._callers.find_unkeyed(tier or None, given)
-        return await caller_usage(self.counters, caller, client, given)
+        return await caller_usage(self.counters, caller, client, given, count_holds=count_holds)
 
     async def unkeyed_caller(self, tier: str | None, attributes: Mapping[str, str]) -> Caller:
         """The caller of checks without an API key; see `CallerLookup.find_unkeyed`."""
@@ -503,6 +506,11 @@ class Gate:
             except TidegateError as error:
                 plans.append(error)
         return plans
+
+
+def _one_unit(plan: CheckPlan | TidegateError, sign: int) -> CheckPlan | TidegateError:
+    """A plan as telemetry counts it: an outcome is one unit, whatever its status."""
+    return replace(plan, cost=1) if sign == OUTCOME and isinstance(plan, CheckPlan) else plan
 
 
 def _counted_ip(check: Check) -> str | None:

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Final, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
+from tidegate.counters.holds import HoldCountingStore
 from tidegate.decision import Decision, RuleUsage, Usage
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
@@ -34,7 +36,12 @@ CounterUsage: TypeAlias = tuple[Decision, tuple[Decision, ...]]
 
 
 async def caller_usage(
-    store: CounterStore, caller: Caller, client: str | None, attributes: Mapping[str, str] = NO_ATTRIBUTES
+    store: CounterStore,
+    caller: Caller,
+    client: str | None,
+    attributes: Mapping[str, str] = NO_ATTRIBUTES,
+    *,
+    count_holds: bool = False,
 ) -> Usage:
     """What is left to a caller, in each window of each rule.
 
@@ -42,6 +49,7 @@ async def caller_usage(
         caller: with or without an API key.
         client: the client's address in canonical text; None if it is not known.
         attributes: of the caller, by name.
+        count_holds: whether the open holds of each rule are counted, with another call to the store.
 
     Returns:
         The tier's own limits and its rules, shadow rules included; of more than `MAX_USAGE_RULES` rules the first ones by
@@ -78,8 +86,15 @@ async def caller_usage(
             kind,
             tuple(limit for limits, _ in own for limit in limits.limits),
             *used,
+            holds,
         )
-        for (rule, kind), own, used in zip(counted, counters, await peek_windows(store, counters), strict=True)
+        for (rule, kind), own, used, holds in zip(
+            counted,
+            counters,
+            await peek_windows(store, counters),
+            await _open_holds(store, counters) if count_holds else [None] * len(counters),
+            strict=True,
+        )
     ]
     return Usage(tier.tier.name, tuple(used_by_rule), tuple(not_counted), len(rules) > MAX_USAGE_RULES)
 
@@ -115,6 +130,14 @@ def _by_attributes(
     if found is None and rule.rule.on_missing is OnMissing.IP and any(part not in attributes for part in rule.parts):
         return Subject.IP.value, None if client is None else f"i:{client}"
     return subject_text(rule.rule), found
+
+
+async def _open_holds(store: CounterStore, checks: Sequence[Counters]) -> Sequence[int | None]:
+    """How many holds are open of the first counter of each check; None where the store could not say."""
+    if isinstance(store, HoldCountingStore):
+        with contextlib.suppress(StoreUnavailable):
+            return await store.count_holds(tuple(counters[0] for counters in checks))
+    return [None] * len(checks)
 
 
 async def peek(store: CounterStore, counters: Sequence[Counter]) -> list[Decision]:

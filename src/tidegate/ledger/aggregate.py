@@ -1,21 +1,27 @@
-"""Counts the units of checks between two writes. No check waits for anything, and memory is bounded."""
+"""Counts the units of checks between two writes. No check waits for anything, and memory is bounded.
+
+Most checks of a caller are answered by one rule, which counts one subject: these units are added in the cached caller itself
+(`UsageMemo`), which the check has read anyway. The first other rules that answer it get entries there too, and everything else is
+counted in a `CallerTable`. Whoever writes the units brings these parts together.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 from tidegate.counters.holds import HoldAccount
-from tidegate.decision import Observation
+from tidegate.decision import Observation, UsageMemo
 from tidegate.latency import LatencyHistogram
-from tidegate.ledger.caller_table import CallerTable
+from tidegate.ledger.caller_table import CallerTable, Entry
 from tidegate.policy.limits import LimitSet
 from tidegate.timestamps import now_us
 
 MINUTE_US: Final = 60_000_000
 MAX_ENTRIES: Final = 20_000
-"""Maximum number of entries (rule, subject and API key) of a minute between two writes."""
+"""Maximum number of entries of a minute between two writes: as many in callers, for the rules that answered them first; as many
+there for other rules; and as many in the table."""
 MAX_SUMS: Final = 100_000
 """Maximum number of sums (rule and API key) of entries that did not fit."""
 MAX_MINUTES: Final = 16
@@ -27,31 +33,134 @@ EntryKey: TypeAlias = tuple[Answer, str | None, str, str]
 """What answered, the subject that it counted, the id of the API key and the customer (empty for none)."""
 SumKey: TypeAlias = tuple[Answer, str, str]
 """The same without the subject."""
+Units: TypeAlias = tuple[int, int, int]
+"""Units admitted, blocked and over."""
 
 
 class Minute:
     """The units of one minute.
 
+    Args:
+        start_us: its start, µs since the epoch.
+        max_entries: as of `UsageCounts`.
+
     Attributes:
-        table: units by what answered, subject, API key and customer.
+        table: units by what answered, subject, API key and customer, of checks that no caller counts.
         sums: units of the entries that were removed from the table, by what answered, API key and customer.
-        token: identifies the table as long as no entry is removed from it: `UsageMemo` remembers entries by it.
+        taken: whether a write has begun: no check is counted here any more.
     """
 
-    __slots__ = ("sums", "table", "token")
+    __slots__ = ("_finished", "_memos", "_others", "max_entries", "start_us", "sums", "table", "taken")
 
-    def __init__(self, max_entries: int) -> None:
+    def __init__(self, start_us: int, max_entries: int) -> None:
+        self.start_us = start_us
+        self.max_entries = max_entries
         self.table: CallerTable[EntryKey] = CallerTable(max_entries)
         self.sums: dict[SumKey, list[int]] = {}
-        self.token = object()
+        self.taken = False
+        self._memos: list[UsageMemo] = []
+        self._others = 0
+        # Of callers that count another minute by now.
+        self._finished: list[tuple[EntryKey, Units]] = []
+
+    def __len__(self) -> int:
+        """Number of entries and sums."""
+        return len(self._memos) + self._others + len(self.table.entries) + len(self.sums)
+
+    def begin(self, memo: UsageMemo, answer: Answer, subject: str | None) -> bool:
+        """Begin counting a caller's checks in its memo, if there is room and it does not count a later minute.
+
+        Args:
+            answer: what answered the check.
+            subject: whom it counted.
+
+        Returns:
+            Whether it counts this minute now; its units are 0 then.
+        """
+        counted: Minute | None = memo.usage_minute
+        if len(self._memos) >= self.max_entries or (
+            counted is not None and counted.start_us >= self.start_us and not counted.taken
+        ):
+            return False
+        if counted is not None:
+            counted._finished.extend(counted._end(memo))
+        self._memos.append(memo)
+        memo.usage_minute = self
+        memo.usage_answer = answer
+        memo.usage_subject = subject
+        return True
+
+    def other_entry(self, memo: UsageMemo, answer: Answer, subject: str | None) -> Entry | None:
+        """The entry of a caller of this minute for a rule that answered it later.
+
+        Returns:
+            None if it is of another subject, or there is no room.
+        """
+        others = memo.usage_others
+        if others is None:
+            others = memo.usage_others = {}
+        entry: Entry | None = others.get(answer)
+        if entry is None:
+            if self._others >= self.max_entries:
+                return None
+            self._others += 1
+            entry = others[answer] = Entry(subject)
+        elif entry.subject is not subject and entry.subject != subject:
+            return None
+        return entry
+
+    def table_entry(self, key: EntryKey) -> tuple[Entry, int]:
+        """The entry of the table for a key.
+
+        Returns:
+            It, and the units that were added to `sums` without API key and customer, because there were more than `MAX_SUMS`.
+        """
+        entry = self.table.entries.get(key)
+        if entry is not None:
+            return entry, 0
+        entry, replaced = self.table.add_key(key)
+        if replaced is None:
+            return entry, 0
+        (answer, _, key_id, customer), removed = replaced
+        at: SumKey = (answer, key_id, customer)
+        unattributed = 0
+        if at not in self.sums and len(self.sums) >= MAX_SUMS:
+            at = (answer, "", "")
+            unattributed = removed.admitted + removed.blocked
+        add_units(self.sums.setdefault(at, [0, 0, 0]), removed.units)
+        return entry, unattributed
+
+    def rows(self) -> Iterator[tuple[EntryKey, Units]]:
+        """Units with what they are counted for, of a minute that was taken; callers count another minute afterwards.
+
+        Checks may be counted, in other minutes, while this runs. A key may come several times.
+        """
+        for memo in self._memos:
+            if memo.usage_minute is self:
+                yield from self._end(memo)
+        yield from self._finished
+        for key, entry in self.table.entries.items():
+            yield key, entry.units
+
+    def _end(self, memo: UsageMemo) -> list[tuple[EntryKey, Units]]:
+        """End counting in a memo; returns what it counted."""
+        key_id, customer = memo.key_id, memo.customer
+        units = memo.usage_admitted, memo.usage_blocked, memo.usage_over
+        ended: list[tuple[EntryKey, Units]] = [((memo.usage_answer, memo.usage_subject, key_id, customer), units)]
+        if memo.usage_others is not None:
+            ended += [((answer, entry.subject, key_id, customer), entry.units) for answer, entry in memo.usage_others.items()]
+            memo.usage_others = None
+        memo.usage_admitted = memo.usage_blocked = memo.usage_over = 0
+        memo.usage_minute = memo.usage_answer = memo.usage_subject = None
+        return ended
 
 
 class UsageCounts:
     """Counts units, and the latency of checks. For use in one event loop.
 
     Args:
-        max_entries: maximum number of entries of a minute between two writes; if more come, those with the fewest units are
-            counted without their subject.
+        max_entries: maximum number of entries of a minute between two writes, of each of the three kinds of `MAX_ENTRIES`; of the
+            table, if more come, those with the fewest units are counted without their subject.
         latency: durations of all checks.
 
     Attributes:
@@ -67,16 +176,14 @@ class UsageCounts:
         # The half-open interval of the current minute; empty before the first check.
         self._from_us = 0
         self._to_us = 0
-        self._minute = Minute(max_entries)
-        self._entries = self._minute.table.entries
-        self._token = self._minute.token
+        self._minute = Minute(0, max_entries)
 
     def __len__(self) -> int:
         """Number of entries counted since the last `take`."""
-        return sum(len(minute.table.entries) + len(minute.sums) for minute in self._minutes.values())
+        return sum(len(minute) for minute in self._minutes.values())
 
     def observe(self, observation: Observation) -> None:
-        """Count the units of one check. Costs 0.2 µs if the caller's last check had the same entry; see `bench/ledger.py`."""
+        """Count the units of one check. Costs 0.2 µs if the caller counts it; see `bench/ledger.py`."""
         decision = observation.decision
         if decision is None:
             return
@@ -86,23 +193,33 @@ class UsageCounts:
         at_us = decision.at_us or now_us()  # a check without limits has no time of the store
         if not self._from_us <= at_us < self._to_us:
             self._select(at_us)
-        answer, subject, memo = decision.limits or decision.unlimited_tier, observation.subject, observation.memo
-        if memo is not None and memo.usage_subject is subject and memo.usage_answer is answer and memo.usage_token is self._token:
-            entry = memo.usage_entry
-        else:
-            key = (answer, subject, observation.key_id, observation.customer)
-            entry = self._entries.get(key) or self._add_entry(key)
-            if memo is not None:
-                memo.usage_subject = subject
-                memo.usage_answer = answer
-                memo.usage_token = self._token
-                memo.usage_entry = entry
+        memo, answer = observation.memo, decision.limits or decision.unlimited_tier
+        if (
+            memo is not None
+            and memo.usage_minute is self._minute
+            and memo.usage_answer is answer
+            and memo.usage_subject is observation.subject
+        ):
+            if decision.allowed:
+                memo.usage_admitted += cost
+                if decision.overage:
+                    memo.usage_over += decision.overage
+            else:
+                memo.usage_blocked += cost
+            return
+        if memo is not None and memo.usage_minute is not self._minute and self._minute.begin(memo, answer, observation.subject):
+            if decision.allowed:
+                memo.usage_admitted, memo.usage_over = cost, decision.overage
+            else:
+                memo.usage_blocked = cost
+            return
+        entry = self._entry(memo, answer, observation)
         if decision.allowed:
-            entry[0] += cost
+            entry.admitted += cost
             if decision.overage:
-                entry[2] += decision.overage
+                entry.over += decision.overage
         else:
-            entry[1] += cost
+            entry.blocked += cost
 
     def count_settled(self, account: HoldAccount, rule: str, units: int, over: int) -> None:
         """Count what a hold was charged, in the minute of its settlement. One that expires was charged nothing.
@@ -118,12 +235,16 @@ class UsageCounts:
         at_us = now_us()
         if not self._from_us <= at_us < self._to_us:
             self._select(at_us)
-        key = ((account.tier, rule), account.subject, account.key_id, account.customer)
-        add_units(self._entries.get(key) or self._add_entry(key), (units, 0, over))
+        entry, unattributed = self._minute.table_entry(((account.tier, rule), account.subject, account.key_id, account.customer))
+        self.unattributed += unattributed
+        entry.admitted += units
+        entry.over += over
 
-    def take(self) -> dict[int, Minute]:
-        """The minutes counted since the last call, by their start; counting starts again from zero. Takes constant time."""
-        finished, self._minutes = self._minutes, {}
+    def take(self) -> list[Minute]:
+        """The minutes counted since the last call; counting starts again from zero. Takes constant time."""
+        finished, self._minutes = list(self._minutes.values()), {}
+        for minute in finished:
+            minute.taken = True
         self._from_us = self._to_us = 0
         return finished
 
@@ -143,24 +264,19 @@ class UsageCounts:
                 minute_us = _nearest(minute_us, sorted(self._minutes))
                 minute = self._minutes[minute_us]
             else:
-                minute = self._minutes[minute_us] = Minute(self.max_entries)
+                minute = self._minutes[minute_us] = Minute(minute_us, self.max_entries)
         self._minute = minute
-        self._entries = minute.table.entries
-        self._token = minute.token
         self._from_us, self._to_us = minute_us, minute_us + MINUTE_US
 
-    def _add_entry(self, key: EntryKey) -> list[int]:
-        entry, replaced = self._minute.table.add_key(key)
-        if replaced is not None:
-            # Nobody may add to the entry that was removed.
-            self._token = self._minute.token = object()
-            (answer, _, key_id, customer), units = replaced
-            sums = self._minute.sums
-            at: SumKey = (answer, key_id, customer)
-            if at not in sums and len(sums) >= MAX_SUMS:
-                at = (answer, "", "")
-                self.unattributed += units[0] + units[1]
-            add_units(sums.setdefault(at, [0, 0, 0]), units)
+    def _entry(self, memo: UsageMemo | None, answer: Answer, observation: Observation) -> Entry:
+        """Where a check is counted that is not counted in its caller's memo."""
+        minute = self._minute
+        if memo is not None and memo.usage_minute is minute:
+            other: Entry | None = minute.other_entry(memo, answer, observation.subject)
+            if other is not None:
+                return other
+        entry, unattributed = minute.table_entry((answer, observation.subject, observation.key_id, observation.customer))
+        self.unattributed += unattributed
         return entry
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, TypeAlias, TypeVar
 
 import msgspec
@@ -92,11 +92,11 @@ class Buffer:
         """Units admitted and blocked that wait for the ledger."""
         return sum(units[0] + units[1] for units in self._ledger.values())
 
-    async def add(self, minutes: Mapping[int, Minute], latency: Sequence[int] = (), at_us: int = 0) -> None:
+    async def add(self, minutes: Sequence[Minute], latency: Sequence[int] = (), at_us: int = 0) -> None:
         """Add what was counted; yields to checks in between, and adds all of it even if it is cancelled.
 
         Args:
-            minutes: that were taken, by their start.
+            minutes: that were taken.
             latency: checks by bucket.
             at_us: a time of the minute of `latency`.
         """
@@ -124,20 +124,21 @@ class Buffer:
         left -= len(callers)
         return Batch(self._sequence, ledger, rules, callers, _take(self._latency, left))
 
-    def _steps(self, minutes: Mapping[int, Minute], callers: _TopCallers) -> Iterator[None]:
-        """A generator: one step for each entry."""
-        for minute_us, minute in minutes.items():
+    def _steps(self, minutes: Sequence[Minute], callers: _TopCallers) -> Iterator[None]:
+        """A generator: one step for each row."""
+        for minute in minutes:
+            minute_us = minute.start_us
             hour_us = minute_us - minute_us % HOUR_US
-            for (answer, subject, key_id, customer), units in minute.table.entries.items():
+            for (answer, subject, key_id, customer), units in minute.rows():
                 tier, rule = _names(answer)
                 self._add_units(minute_us, customer, key_id, tier, rule, units)
                 # Nothing counted a key without limits.
                 callers.add((hour_us, tier, rule, subject or (f"k:{key_id}" if key_id else OTHERS)), units)
                 yield
-            for (answer, key_id, customer), units in minute.sums.items():
+            for (answer, key_id, customer), sums in minute.sums.items():
                 tier, rule = _names(answer)
-                self._add_units(minute_us, customer, key_id, tier, rule, units)
-                callers.add((hour_us, tier, rule, OTHERS), units)
+                self._add_units(minute_us, customer, key_id, tier, rule, sums)
+                callers.add((hour_us, tier, rule, OTHERS), sums)
                 yield
 
     def _add_units(self, minute_us: int, customer: str, key_id: str, tier: str, rule: str, units: Sequence[int]) -> None:

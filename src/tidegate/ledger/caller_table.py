@@ -2,24 +2,41 @@
 
 The algorithm is Space-Saving (Metwally, Agrawal, El Abbadi: Efficient Computation of Frequent and Top-k Elements in Data Streams,
 ICDT 2005) with units instead of single counts: if the table is full, a new key replaces the one with the fewest units, and
-inherits that number as its error. The order of the keys is a heap whose numbers may be too low, and are corrected when they come
-to its top: so units of a known key are added without touching the heap, by a caller that has the entry.
+inherits that number as its error. Keys are grouped by units that may be too low, and are moved to the right group when they could
+be replaced: so units of a known key are added without touching the groups, by a caller that has the entry.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 _K = TypeVar("_K", bound=Hashable)
 
-ADMITTED: Final = 0
-BLOCKED: Final = 1
-OVER: Final = 2
-"""Of the admitted units, those above a quota or a soft limit."""
-ERROR: Final = 3
-"""Units of the keys that this one replaced, at most: what the key may have had before."""
+
+class Entry:
+    """Units of a key.
+
+    Attributes:
+        admitted: units admitted.
+        blocked: units blocked.
+        over: of the admitted units, those above a quota or a soft limit.
+        subject: whom the units were counted for; None in a `CallerTable`, where the key says it, and for nobody.
+    """
+
+    __slots__ = ("admitted", "blocked", "over", "subject")
+
+    def __init__(self, subject: str | None = None) -> None:
+        self.admitted = 0
+        self.blocked = 0
+        self.over = 0
+        self.subject = subject
+
+    @property
+    def units(self) -> tuple[int, int, int]:
+        """Units admitted, blocked and over."""
+        return self.admitted, self.blocked, self.over
 
 
 class CallerTable(Generic[_K]):
@@ -34,19 +51,22 @@ class CallerTable(Generic[_K]):
         capacity: maximum number of keys, 1 or more; each takes about 250 bytes.
 
     Attributes:
-        entries: by key: units admitted, blocked and over, and the error.
+        entries: by key: units since it was added.
+        errors: units of the keys that a key replaced, at most: what it may have had before it was added; none where it
+            replaced no other.
     """
 
-    __slots__ = ("_added", "_heap", "capacity", "entries")
+    __slots__ = ("_groups", "_order", "capacity", "entries", "errors")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.entries: dict[_K, list[int]] = {}
-        # Empty until the table is full for the first time. The number of the addition orders keys with equal units.
-        self._heap: list[tuple[int, int, _K]] = []
-        self._added = 0
+        self.entries: dict[_K, Entry] = {}
+        self.errors: dict[_K, int] = {}
+        # Empty until the table is full for the first time. Keys by units, and a heap of these numbers.
+        self._groups: dict[int, list[_K]] = {}
+        self._order: list[int] = []
 
-    def add_key(self, key: _K) -> tuple[list[int], tuple[_K, list[int]] | None]:
+    def add_key(self, key: _K) -> tuple[Entry, tuple[_K, Entry] | None]:
         """Add an entry for a key that has none. Costs 0.2 µs, and about 1 µs if it replaces another key.
 
         Returns:
@@ -54,26 +74,42 @@ class CallerTable(Generic[_K]):
         """
         entries = self.entries
         if len(entries) < self.capacity:
-            entry = entries[key] = [0, 0, 0, 0]
+            entry = entries[key] = Entry()
             return entry, None
-        heap = self._heap
-        if not heap:
-            heap.extend((_units(entry), number, each) for number, (each, entry) in enumerate(entries.items()))
-            heapq.heapify(heap)
-            self._added = len(heap)
-        while True:
-            units, number, replaced = heap[0]
-            fewest = _units(entries[replaced])
-            if fewest == units:
-                break
-            heapq.heapreplace(heap, (fewest, number, replaced))
+        if not self._groups:
+            for each in entries:
+                self._group(each, self._most(each))
+        units, replaced = self._fewest()
         removed = entries.pop(replaced)
-        heapq.heapreplace(heap, (units, self._added, key))
-        self._added += 1
-        entry = entries[key] = [0, 0, 0, units]
+        self.errors.pop(replaced, None)
+        if units:
+            self.errors[key] = units
+        self._group(key, units)
+        entry = entries[key] = Entry()
         return entry, (replaced, removed)
 
+    def _most(self, key: _K) -> int:
+        """The most units that a key can have had."""
+        entry = self.entries[key]
+        return entry.admitted + entry.blocked + self.errors.get(key, 0)
 
-def _units(entry: list[int]) -> int:
-    """The most units that a key can have had."""
-    return entry[ADMITTED] + entry[BLOCKED] + entry[ERROR]
+    def _group(self, key: _K, units: int) -> None:
+        group = self._groups.get(units)
+        if group is None:
+            self._groups[units] = [key]
+            heapq.heappush(self._order, units)
+        else:
+            group.append(key)
+
+    def _fewest(self) -> tuple[int, _K]:
+        """Take the key with the fewest units from its group."""
+        while True:
+            lowest = self._order[0]
+            group = self._groups[lowest]
+            key = group.pop()
+            if not group:
+                del self._groups[heapq.heappop(self._order)]
+            most = self._most(key)
+            if most == lowest:
+                return lowest, key
+            self._group(key, most)

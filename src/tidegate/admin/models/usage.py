@@ -22,7 +22,9 @@ class WindowUsageRead(ResponseModel):
 
 
 class RuleUsageRead(ResponseModel):
-    """The usage under one rule; `limit` and `remaining` are those of its limit with the lowest remaining quota."""
+    """The usage under one rule; `limit` and `remaining` are those of its limit with the lowest remaining quota, `holds` its open
+    holds, null where they are not known.
+    """
 
     rule: str | None
     endpoint: str | None
@@ -33,6 +35,7 @@ class RuleUsageRead(ResponseModel):
     reset_after: float | None
     window: int | None
     degraded: bool
+    holds: int | None = None
     windows: list[WindowUsageRead]
 
 

@@ -30,7 +30,7 @@ from tidegate.counters.holds import (
 from tidegate.counters.redis.command_templates import CommandTemplate
 from tidegate.counters.redis.error_replies import shown
 from tidegate.counters.redis.hold_ends import HoldEnds
-from tidegate.counters.redis.keyspace import hash_tag, slot_of_tag
+from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
@@ -194,6 +194,19 @@ class RedisHolds:
         least = min(decided, key=lambda each: each.remaining or 0)
         return of_adjustment(_of_check(least, counters, max(each.overage for each in decided)), units)
 
+    async def count(self, counters: Counters) -> list[int]:
+        """See `HoldCountingStore.count_holds`; one call for each subject."""
+        counts = [0] * len(counters)
+        places: dict[bytes, list[int]] = {}
+        for place, (_, subject) in enumerate(counters):
+            places.setdefault(hash_tag(subject), []).append(place)
+        work = script("count_holds", frozenset())
+        for tag, own in places.items():
+            keys = [_key(tag, name_of(counters[place][0])) for place in own]
+            for place, found in zip(own, _counted(await self._run(tag, work, keys, ()), len(own)), strict=True):
+                counts[place] = found
+        return counts
+
     async def renew(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         for part in handle.parts:
@@ -211,6 +224,12 @@ class RedisHolds:
             if part is handle.parts[0]:
                 self.ends.note(reply[2], -1)
                 self.ends.note(reply[1], 1)
+
+
+def _counted(reply: Any, count: int) -> list[int]:
+    if type(reply) is not list or len(reply) != count or not all(type(each) is int for each in reply):
+        raise StoreUnavailable(f"unexpected reply from Redis to a count of holds: {shown(reply)}", reason="garbage")
+    return reply
 
 
 def _key(tag: bytes, name: bytes) -> bytes:

@@ -66,8 +66,8 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     """Put a script together.
 
     Args:
-        work: `charge`, `charge_many`, `lease`, `give_back`, `reserve`, `release`, `hold`, `settle_hold`, `renew_hold`, `adjust`,
-            `absorb`, `reset`, `reset_corrupt`, `heartbeat` or `instances`.
+        work: `charge`, `charge_many`, `lease`, `give_back`, `reserve`, `release`, `hold`, `settle_hold`, `renew_hold`,
+            `count_holds`, `adjust`, `absorb`, `reset`, `reset_corrupt`, `heartbeat` or `instances`.
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
         watched: whether a script that decides checks also replies what is left of each limit.

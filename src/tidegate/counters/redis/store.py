@@ -255,6 +255,12 @@ class RedisCounters(RedisReservations):
             self.refunds += 1
         return decision
 
+    async def count_holds(self, counters: Counters) -> Sequence[int]:
+        """See `HoldCountingStore.count_holds`."""
+        if not self._has_started():
+            await self.start()
+        return await self.holds.count(counters)
+
     async def renew_hold(self, handle: HoldHandle, ttl_us: int) -> None:
         """See `HoldingCounterStore.renew_hold`."""
         await self.start()

@@ -46,7 +46,10 @@ async def read_usage(editor: CatalogEditor, gate: Gate, of: UsageOf) -> UsageRea
     found, subject = await _usage_and_subject(editor, gate, of)
     now = now_us()
     blocked = await blocked_total(editor.catalog.database, ViolationFilter(now - DAY_US, now + 1, subject=subject))
-    return UsageRead.model_validate({**msgspec.to_builtins(usage_body(found)), "blocked_24h": blocked})
+    body = msgspec.to_builtins(usage_body(found))
+    for read, rule in zip(body["rules"], found.rules, strict=True):
+        read["holds"] = rule.holds
+    return UsageRead.model_validate({**body, "blocked_24h": blocked})
 
 
 async def _usage_and_subject(editor: CatalogEditor, gate: Gate, of: UsageOf) -> tuple[Usage, str]:
@@ -65,7 +68,7 @@ async def _usage_and_subject(editor: CatalogEditor, gate: Gate, of: UsageOf) -> 
     if of.api_key_id is not None:
         return await key_usage(editor, gate, of.api_key_id, of.ip), await subject_of_key(editor, of.api_key_id)
     try:
-        return await gate.usage(ip=of.ip), f"i:{client_of(of.ip or '')}"
+        return await gate.usage(ip=of.ip, count_holds=True), f"i:{client_of(of.ip or '')}"
     except MissingApiKey:
         raise NotFound("there is no anonymous tier, so clients without a key have no quota") from None
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from tidegate.gate.adjusting import CHARGE, REFUND
+from tidegate.gate.adjusting import CHARGE, OUTCOME, REFUND
 
+STATUS: Final = b"status"
+"""Value of the entry that makes the hits an HTTP status."""
 MAX_ENTRIES: Final = 64
 """Most entries of a descriptor; one with more is refused later, and its entries are not read here."""
 
@@ -32,17 +34,22 @@ def take_sign(descriptor: Any, forced_entry: bytes) -> int:
         forced_entry: key of the entry.
 
     Returns:
-        `CHARGE` if it was there, `REFUND` for negative hits with or without it, 0 for a descriptor that is decided.
+        `CHARGE` if it was there, `OUTCOME` if its value is `status`, `REFUND` for negative hits with or without it, 0 for a
+        descriptor that is decided.
     """
     forced = _has_entry(descriptor, forced_entry)
+    is_status = False
     if forced:
+        is_status = any(entry.key == forced_entry and entry.value == STATUS for entry in descriptor.entries)
         kept = [(entry.key, entry.value) for entry in descriptor.entries if entry.key != forced_entry]
         del descriptor.entries[:]
         for key, value in kept:
             descriptor.entries.add(key=key, value=value)
     if descriptor.is_negative_hits:
         return REFUND
-    return CHARGE if forced else 0
+    if forced:
+        return OUTCOME if is_status else CHARGE
+    return 0
 
 
 def _has_entry(descriptor: Any, key: bytes) -> bool:

@@ -75,17 +75,18 @@ function explanation(found) {
 export function counters(items) {
   if (items.length === 0) return null;
   const rows = items.flatMap((each) => {
-    const name = (each.rule ?? "(tier)") + (each.mode === "shadow" ? " (shadow)" : "");
+    const holds = each.holds > 0 ? ` (${number(each.holds)} open ${each.holds === 1 ? "hold" : "holds"})` : "";
+    const name = (each.rule ?? "(tier)") + (each.mode === "shadow" ? " (shadow)" : "") + holds;
     if (each.windows.length === 0) {
       const state = each.problem ?? (each.remaining === null ? "not known" : `${number(each.remaining)} of ${number(each.limit)} left`);
       return [[name, state, "", "", ""]];
     }
     return each.windows.map((window) => [
       name,
-      `${number(window.limit)} / ${window.period ? `${window.period} (quota)` : duration(window.window)}`,
+      window.window === 0 ? `${number(window.limit)} in progress` : `${number(window.limit)} / ${window.period ? `${window.period} (quota)` : duration(window.window)}`,
       meter(window.used, window.limit),
       number(window.remaining),
-      window.resets_at === null ? "full" : countdown(window.resets_at),
+      window.window === 0 && window.used > 0 ? "when requests end" : window.resets_at === null ? "full" : countdown(window.resets_at),
     ]);
   });
   const degraded = items.some((each) => each.degraded)
