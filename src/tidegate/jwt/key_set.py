@@ -167,6 +167,7 @@ class KeySet:
                     if time.monotonic() > ends:
                         raise KeySetUnreadable(f"it was not complete within {FETCH_S:g} s")
         except urllib.error.HTTPError as error:
+            error.close()  # it has the connection of the response
             raise KeySetUnreadable(f"the server answered {error.code}") from None
         except (OSError, ValueError, urllib.error.URLError) as error:
             if isinstance(error, KeySetUnreadable):
