@@ -106,7 +106,11 @@ async def soak(size: Size) -> Findings:
             policy_of("40/366d"),
             "cluster",
             Sizes(postgres_replicas=size.sizes.postgres_replicas or 1),
-            {"TIDEGATE_COUNTERS__TIMEOUT_MS": "500", "TIDEGATE_BREAKER__OPEN_S": "2"},
+            {
+                "TIDEGATE_COUNTERS__TIMEOUT_MS": "500",
+                "TIDEGATE_BREAKER__OPEN_S": "2",
+                "TIDEGATE_LEASES__ENABLED": str(size.leases).lower(),
+            },
             each=({}, {}, workers),
         )
         with contextlib.ExitStack() as ending:
@@ -151,9 +155,12 @@ async def soak(size: Size) -> Findings:
     goals = [
         Goal("checks without a decision", f"{undecided}", f"≤ {most}, 8 a killed worker", undecided <= most),
         none_of("admitted and not counted", books.uncounted),
-        Goal("counted and not admitted", f"{books.counted_twice}", f"≤ {unknown}, calls cut", books.counted_twice <= unknown),
         Goal("memory's slope, MiB a minute", f"{worst:+.2f}", f"< {LEAK_MIB_A_MINUTE:g}", worst < LEAK_MIB_A_MINUTE, timed=True),
     ]
+    if not size.leases:
+        # With leases, what a killed worker or a lost connection has leased stays counted as well: it is a figure, not a goal.
+        within = books.counted_twice <= unknown
+        goals.append(Goal("counted and not admitted", f"{books.counted_twice}", f"≤ {unknown}, calls cut", within))
     return Findings(figures, goals, load.seen, running.marks)
 
 

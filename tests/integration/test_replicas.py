@@ -201,9 +201,13 @@ async def test_a_writer_reads_its_own_write(postgres_cluster: PostgresCluster, d
         for replica in postgres_cluster.replicas:
             replica.resume_replay()
     await asyncio.to_thread(postgres_cluster.wait_caught_up)
-    writer.invalidate()
-    await writer.caller(key.sha256)
-    assert "primary" not in asked.take(), "as soon as a replica has it, it is asked again"
+    # On busy cores a replica that has it may be probed, or may answer, too late for a while.
+    async with asyncio.timeout(PATIENCE_S):
+        primary_answers = True
+        while primary_answers:
+            writer.invalidate()
+            await writer.caller(key.sha256)
+            primary_answers = "primary" in asked.take()
 
 
 async def test_a_replica_lags_by_what_it_misses_and_not_by_time(
