@@ -460,6 +460,35 @@ def test_a_limit_of_zero_elsewhere_names_the_remedy() -> None:
         parse_policy('[[tiers]]\nname = "free"\nlimits = ["0/day"]\n')
 
 
+async def test_an_exempt_check_keeps_its_customer_on_every_path() -> None:
+    policy = parse_policy(
+        """
+        [[tiers]]
+        name = "free"
+        limits = ["5/minute"]
+        [[customers]]
+        name = "acme"
+        tier = "free"
+        [[api_keys]]
+        key = "demo-key-0001-abcdef"
+        customer = "acme"
+        tier = "free"
+        [[access]]
+        action = "allow"
+        customer = "acme"
+        """
+    )
+    observed: list[Observation] = []
+    gate = Gate(CachedCatalog(PolicyCatalog(policy), l1_ttl_s=3600), MemoryCounters(), observed.append)
+    check = Check.of("/x", api_key="demo-key-0001-abcdef")
+    first = await gate.check(check)  # whose caller is not cached
+    second = await gate.check(check)
+    (third,) = await gate.check_many([check])
+    assert isinstance(third, Decision)
+    assert [each.caller and each.caller.customer for each in (first, second, third)] == ["acme"] * 3
+    assert [each.customer for each in observed] == ["acme"] * 3
+
+
 async def test_all_keys_of_a_customer() -> None:
     text = """
     [[tiers]]

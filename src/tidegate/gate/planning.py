@@ -18,7 +18,7 @@ from tidegate.policy.model import Mode, Subject
 
 def exempt_plan(check: Check | DescriptorCheck, caller: Caller) -> CheckPlan:
     """The plan of a check that nothing limits."""
-    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), (), check.cost, caller.key_id)
+    return CheckPlan(Decision(True, unlimited_tier=caller.tier.tier.name), (), check.cost, caller.key_id, caller.identity)
 
 
 def rule_of(check: Check, tier: CompiledTier) -> CompiledRule | None:
