@@ -310,7 +310,7 @@ def rows(peer: str, store: str, found: dict[str, float]) -> list[tuple[str, floa
 
 
 async def waiting(url: str, permits: int) -> list[tuple[str, float, Goal | None]]:
-    """Store calls for each caller that waits until it passes, and how many places the callers changed in the order of asking."""
+    """Store calls for each caller that waits until it passes, and how many places the callers changed in the queue."""
     limiters = [Limiter("200/second burst 1", algorithm="token_bucket", name="wait", counters=url) for _ in range(4)]
     stores = [limiter.counters for limiter in limiters if isinstance(limiter.counters, GuardedCounters)]
     for limiter in limiters:

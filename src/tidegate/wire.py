@@ -295,7 +295,7 @@ class ReserveAnswer(DecisionBody, frozen=True, gc=False):
     """The answer to `POST /v1/reserve`: the decision, and the place.
 
     Args:
-        wait_s: seconds until the caller may go; 0 where it may go at once, or was denied.
+        wait_s: seconds until the caller may go; 0 where it may go now, or was denied.
         reservation: id, to give the place back before its moment; null where there is nothing to give back.
     """
 

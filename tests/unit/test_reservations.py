@@ -1,4 +1,4 @@
-"""Reservations in memory: held against whole histories, in the order of asking, given back on cancel."""
+"""Reservations in memory: held against whole histories, first come, first served, given back on cancel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reservations of the clients: a place in the order of asking, and waiting for its moment."""
+"""Reservations of the clients: a place in the queue, and waiting for its moment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReservedAnswer(Answer, frozen=True, gc=False, kw_only=True):
     """The answer to a reservation: `allowed` where there is a place; `retry_after` of a denial is how long the wait would be.
 
     Args:
-        wait_s: seconds from the answer until the caller may go; 0 where it may go at once, or has no place.
+        wait_s: seconds from the answer until the caller may go; 0 where it may go now, or has no place.
         reservation: id for `cancel`; None where there is nothing to give back.
     """
 
@@ -45,7 +45,7 @@ class ReservedAnswer(Answer, frozen=True, gc=False, kw_only=True):
 
 
 class PlaceRequest:
-    """What is asked for, but for how far ahead the moment may be.
+    """The body of a request for a place, without `at_most_s`.
 
     Args:
         request: a check, or a check that names its own limits.
@@ -78,7 +78,7 @@ def cancel_steps(core: ClientCore, reservation: str) -> Steps[bool]:
         reservation: its id.
 
     Raises:
-        BadRequest: if the id cannot stand in a path.
+        BadRequest: if the id has characters that no id has.
     """
     if (
         not isinstance(reservation, str)
@@ -101,7 +101,7 @@ def wait_blocking(reserve: Callable[[float], Answer], cancel: Callable[[str], ob
         at_most_s: how long to wait, s, 0 or more.
 
     Returns:
-        The answer; a denial, at once, if there is no place in time.
+        The answer; immediately a denial if there is no place in time.
     """
     give_up_at = time.monotonic() + checked_wait_s(at_most_s)
     while True:

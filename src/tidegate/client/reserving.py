@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -17,13 +18,14 @@ from tidegate.wire import LimitRequest
 T = TypeVar("T")
 
 
-class ReservingClient:
+class ReservingClient(ABC):
     """This part of `Client`."""
 
     _core: ClientCore
 
+    @abstractmethod
     def _run(self, steps: Steps[T]) -> T:
-        raise NotImplementedError
+        """Send the requests of steps; returns their result."""
 
     def wait(
         self,
@@ -38,7 +40,7 @@ class ReservingClient:
         bearer: str | None = None,
         at_most_s: float = 30.0,
     ) -> Answer:
-        """Take a place in the order of asking, and sleep until its moment: one request (`POST /v1/reserve`), whoever else waits.
+        """Take a place in the queue, and sleep until its moment: one request (`POST /v1/reserve`).
 
         An exception that ends the sleep, such as `KeyboardInterrupt`, gives the place back. Limits that cannot be reserved, such
         as those of `sliding_log` and quotas, are checked again after `retry_after` plus jitter instead, without an order.
@@ -106,7 +108,7 @@ class ReservingClient:
         bearer: str | None = None,
         at_most_s: float,
     ) -> Answer:
-        """Take a place in the order of asking, without waiting: for a worker that puts its job back until then.
+        """Take a place in the queue, without waiting: for a worker that puts its job back until then.
 
         Args:
             path: this and the next seven as for `check`.
@@ -179,7 +181,7 @@ class ReservingClient:
         return wait_blocking(lambda ahead_s: self._run(request.steps(self._core, ahead_s)), self.cancel, at_most_s)
 
 
-class AsyncReservingClient:
+class AsyncReservingClient(ABC):
     """This part of `AsyncClient`."""
 
     _core: ClientCore
@@ -187,8 +189,9 @@ class AsyncReservingClient:
     def __init__(self) -> None:
         self._waiting = AsyncWaiting()
 
+    @abstractmethod
     async def _run(self, steps: Steps[T]) -> T:
-        raise NotImplementedError
+        """Send the requests of steps; returns their result."""
 
     async def wait(
         self,

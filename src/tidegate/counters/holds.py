@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast, runtime_checkable
@@ -18,6 +17,7 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 import msgspec
 
 from tidegate.counters import Counters
+from tidegate.counters.handle_text import ID, handle_of, is_counter, text_of
 from tidegate.decision import Decision, clip
 from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds
 from tidegate.policy.limits import MAX_AMOUNT
@@ -28,8 +28,6 @@ DEFAULT_TTL_S: Final = 60
 MAX_HOLDS: Final = 100_000
 """Most open holds of one counter, unless the store is made with another number."""
 ID_BYTES: Final = 12
-MAX_ID: Final = 8192
-"""Most characters of an id: one that names 64 limits with the names of their counters is shorter."""
 MAX_NAME: Final = 1024
 """Most characters of a name or subject in an id."""
 SETTLED_KNOWN_US: Final = 120_000_000
@@ -108,7 +106,7 @@ class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     @property
     def text(self) -> str:
         """The id as callers have it: letters, digits, `-` and `_`."""
-        return base64.urlsafe_b64encode(_ENCODER.encode(self)).rstrip(b"=").decode()
+        return text_of(self)
 
     @classmethod
     def of(cls, text: object) -> HoldHandle:
@@ -123,29 +121,19 @@ class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         Raises:
             BadRequest: if it is no id of a hold.
         """
-        if type(text) is str and 0 < len(text) <= MAX_ID:
-            try:
-                raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-                handle = _DECODER.decode(raw)
-            except (binascii.Error, ValueError, msgspec.MsgspecError):
-                pass  # refused below
-            else:
-                if _is_plausible(handle) and handle.text == text:
-                    return handle
+        handle = handle_of(text, _DECODER)
+        if handle is not None and _is_plausible(handle):
+            return handle
         raise BadRequest(
             f"hold {clip(text)} is not an id: send the value of 'hold' in the answer of POST /v1/holds", field="hold"
         )
 
 
-_ID: Final = re.compile(r"[A-Za-z0-9_-]{16}", re.ASCII)
-_TAG: Final = re.compile(rb"[^{}]{1,64}", re.DOTALL)
-_NAME: Final = re.compile(rb"[A-Za-z0-9+/]{8}")
 _DRAWN: Final[list[str]] = []
 _DRAWN_AT_ONCE: Final = 64
 _TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
 # A process that is forked must not give out the same ids.
 os.register_at_fork(after_in_child=_DRAWN.clear)
-_ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(HoldHandle)
 
 
@@ -153,12 +141,12 @@ def _is_plausible(handle: HoldHandle) -> bool:
     """Whether a handle could have been made here: what it names is looked up in the store."""
     counters = [each for part in handle.parts for each in part]
     return (
-        _ID.fullmatch(handle.id) is not None
+        ID.fullmatch(handle.id) is not None
         and 0 <= handle.cost <= MAX_AMOUNT
         and len(handle.rule or "") <= MAX_NAME
         and (handle.account is None or _is_plausible_account(handle.account))
         and all(handle.parts)
-        and all(_TAG.fullmatch(each.tag) and _NAME.fullmatch(each.name) for each in counters)
+        and all(map(is_counter, counters))
     )
 
 

@@ -125,7 +125,7 @@ class LateAnswers:
             instances: how many share the limits, 1 or more.
             uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
             leased: units that it used from leases since then. The answer is as old as they are: each other instance may have used
-                twice as many in that time, and nobody knows whether a store that is lost now had charged them.
+                twice as many in that time, and it is not known whether a store that is lost now had charged them.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
         outstanding = self._outstanding.get(charge.counters, 0) + uncharged + leased

@@ -1,11 +1,8 @@
-"""Reservations: the moment at which a caller may go, in order of asking; the ports of the stores that give them."""
+"""Reservations: the moment at which a caller may go, first come, first served; the ports of the stores that give them."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast, runtime_checkable
@@ -14,6 +11,7 @@ import msgspec
 
 from tidegate.algorithms.reservations import RESERVABLE
 from tidegate.counters import Counters
+from tidegate.counters.handle_text import ID, handle_of, is_counter, text_of
 from tidegate.decision import Decision, clip
 from tidegate.errors import BadRequest, ReservationNotFound
 from tidegate.policy.limits import MAX_AMOUNT, LimitSet
@@ -21,14 +19,12 @@ from tidegate.timestamps import US_PER_S
 
 MAX_AHEAD_US: Final = 366 * 86_400 * US_PER_S
 """How far ahead a moment may be, µs."""
-MAX_ID: Final = 8192
-"""Most characters of an id."""
 MAX_NAMED: Final = 100_000
 """Most reservations with an id in memory whose moments have not come."""
 
 
 class Reservation(msgspec.Struct, frozen=True, gc=False):
-    """A place in the order of asking: units that are charged for a moment, now or later.
+    """A place in the queue: units that are charged for a moment, now or later.
 
     Args:
         decision: `allowed` where there is a place; `remaining` is what is left after it. A denial charged nothing, and its
@@ -156,7 +152,7 @@ class ReservationHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unk
     @property
     def text(self) -> str:
         """The id as callers have it: letters, digits, `-` and `_`."""
-        return base64.urlsafe_b64encode(_ENCODER.encode(self)).rstrip(b"=").decode()
+        return text_of(self)
 
     @classmethod
     def of(cls, text: object) -> ReservationHandle:
@@ -171,34 +167,25 @@ class ReservationHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unk
         Raises:
             BadRequest: if it is not an id of a reservation.
         """
-        if type(text) is str and 0 < len(text) <= MAX_ID:
-            try:
-                handle = _DECODER.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
-            except (binascii.Error, ValueError, msgspec.MsgspecError):
-                pass  # refused below
-            else:
-                if _is_plausible(handle) and handle.text == text:
-                    return handle
+        handle = handle_of(text, _DECODER)
+        if handle is not None and _is_plausible(handle):
+            return handle
         raise BadRequest(
             f"reservation {clip(text)} is not an id: send the value of 'reservation' in the answer of POST /v1/reserve",
             field="reservation",
         )
 
 
-_ID: Final = re.compile(r"[A-Za-z0-9_-]{16}", re.ASCII)
-_TAG: Final = re.compile(rb"[^{}]{1,64}", re.DOTALL)
-_NAME: Final = re.compile(rb"[A-Za-z0-9+/]{8}")
-_ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(ReservationHandle)
 
 
 def _is_plausible(handle: ReservationHandle) -> bool:
     """Whether a handle could have been made here: what it names is looked up in the store."""
     return (
-        _ID.fullmatch(handle.id) is not None
+        ID.fullmatch(handle.id) is not None
         and 0 < handle.cost <= MAX_AMOUNT
         and handle.at_us > 0
-        and all(_TAG.fullmatch(each.tag) and _NAME.fullmatch(each.name) for each in handle.counters)
+        and all(map(is_counter, handle.counters))
     )
 
 

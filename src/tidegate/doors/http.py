@@ -354,7 +354,7 @@ class DataPlane:
         try:
             asked = await self._reservations.read(scope, proto)
             if asked is not None and asked[1] is None and self._callers is not None:
-                # Whoever may have requests checked may not therefore count by limits of its own.
+                # The scope `check` does not allow limits that the request itself names.
                 await self._callers.require(scope, "limit")
         except TidegateError as error:
             raise self._seen(error) from None

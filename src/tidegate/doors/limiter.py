@@ -211,7 +211,7 @@ class Limiter(_Limits):
         return list(await self.counters.charge(charges))
 
     async def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
-        """Check, and wait until it passes: one call of the store for each that passes, in the order of asking, in all processes.
+        """Check, and wait until it passes, first come, first served, in all processes: one call of the store for each that passes.
 
         Who is cancelled gives its place back. An algorithm or a store without reservations is checked again instead, with about
         two calls for each that passes; several processes compete then.
@@ -235,7 +235,7 @@ class Limiter(_Limits):
         )
 
     async def reserve(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Reservation:
-        """Take a place in the order of asking, without waiting: for workers that put a job back until its moment.
+        """Take a place in the queue, without waiting: for workers that put a job back until its moment.
 
             place = await limiter.reserve("partner-api", at_most_s=3600)
             if place.allowed:
@@ -400,7 +400,7 @@ class SyncLimiter(_Limits):
         return self._waiting.wait_reserved(lambda ahead_s: self.reserve(subject, cost, at_most_s=ahead_s), self.cancel, at_most_s)
 
     def reserve(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Reservation:
-        """Take a place in the order of asking, without waiting; see `Limiter.reserve`."""
+        """Take a place in the queue, without waiting; see `Limiter.reserve`."""
         ahead_us, cost = ahead_us_of(checked_wait_s(at_most_s)), checked_cost(cost)
         counter = self._counter(subject)
         if not SWITCHES.enforced:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from tidegate.counters.holds import MAX_ID, MAX_TTL_S, MIN_TTL_S
+from tidegate.counters.handle_text import MAX_ID
+from tidegate.counters.holds import MAX_TTL_S, MIN_TTL_S
 from tidegate.decision import MAX_COST
 from tidegate.policy.namespaces import MAX_SUBJECT, NAME
 from tidegate.wire import HoldAnswer, HoldRenewedBody, HoldRequest, HoldSettledBody, RenewRequest, SettleRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from tidegate.counters.reservations import MAX_ID
+from tidegate.counters.handle_text import MAX_ID
 from tidegate.decision import MAX_COST
 from tidegate.gate.reservations import MAX_WAIT_S
 from tidegate.policy.namespaces import MAX_SUBJECT, NAME
@@ -52,7 +52,7 @@ def reserve_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], d
         "/v1/reserve": {
             "post": {
                 "operationId": "reserve",
-                "summary": "Charge a check for the first moment at which it passes, in the order of asking.",
+                "summary": "Charge a check for the first moment at which it passes, first come, first served.",
                 "security": [{"ApiKey": []}, {}],
                 "requestBody": {"required": True, "content": _content("ReserveRequest")},
                 "responses": {

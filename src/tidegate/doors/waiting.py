@@ -1,4 +1,4 @@
-"""Waiting for a limit. Where the store gives reservations, each caller takes its place in the order of asking with one call and
+"""Waiting for a limit. Where the store gives reservations, each caller takes its place in the queue with one call and
 goes at its moment. Where not, one caller of a subject at a time checks: the others of this process wait for their turn.
 """
 

@@ -259,8 +259,8 @@ class Gate:
         started_ns = _clock_ns()
         settled = await adjust(self.counters, plans)
         charged = [number for number, (_, sign) in enumerate(plans) if sign > 0]
-        told = [_one_unit(*plans[number]) for number in charged]
-        self._tell_all(told, [settled[number] for number in charged], started_ns)
+        reported = [_one_unit(*plans[number]) for number in charged]
+        self._tell_all(reported, [settled[number] for number in charged], started_ns)
         return settled
 
     async def usage(

@@ -1,4 +1,4 @@
-"""Reservations: a check that gives the moment at which its caller may go, in the order of asking, instead of a denial.
+"""Reservations: a check that gives the moment at which its caller may go, first come, first served, instead of a denial.
 
 The limits that matter are found as for a check. Units are charged for the moment when it is given, in one step of the store, and
 reported as those of a check that passed: to telemetry, usage and the ledger, also where the place is given back later. Without a
@@ -42,7 +42,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
     Args:
         decision: `allowed` where there is a place; the `retry_after` of a denial is how long the caller would have had to wait.
-        wait_s: seconds from now to the moment; 0 where the caller may go at once, or has no place.
+        wait_s: seconds from now to the moment; 0 where the caller may go now, or has no place.
         reservation: id, to give the place back before its moment; None where there is nothing to give back.
     """
 

@@ -2,7 +2,7 @@
 
 Most checks of a caller are answered by one rule, which counts one subject: these units are added in the cached caller itself
 (`UsageMemo`), which the check has read anyway. The first other rules that answer it get entries there too, and everything else is
-counted in a `CallerTable`. Whoever writes the units brings these parts together.
+counted in a `CallerTable`. The buffer of the writer adds these parts up.
 """
 
 from __future__ import annotations

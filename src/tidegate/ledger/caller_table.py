@@ -22,7 +22,7 @@ class Entry:
         admitted: units admitted.
         blocked: units blocked.
         over: of the admitted units, those above a quota or a soft limit.
-        subject: whom the units were counted for; None in a `CallerTable`, where the key says it, and for nobody.
+        subject: subject that the units were counted for; None in a `CallerTable`, where the key has it, and without a subject.
     """
 
     __slots__ = ("admitted", "blocked", "over", "subject")
