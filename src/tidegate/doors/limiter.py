@@ -211,7 +211,7 @@ class Limiter(_Limits):
         return list(await self.counters.charge(charges))
 
     async def wait(self, subject: LimitedSubject, cost: int = 1, *, at_most_s: float) -> Decision:
-        """Check, and wait until it passes, first come, first served, in all processes: one call of the store for each that passes.
+        """Check, and wait until it passes, first come, first served in all processes: one call of the store for each permit.
 
         Who is cancelled gives its place back. An algorithm or a store without reservations is checked again instead, with about
         two calls for each that passes; several processes compete then.
