@@ -32,10 +32,11 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.catalog.sql.database import Database
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation, UsageMemo
+from tidegate.decision import Check, Decision
 from tidegate.gate.gate import Gate, Observer
 from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.buffer import DAY_US
+from tidegate.observation import Observation, UsageMemo
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.telemetry.metrics import Metrics

@@ -21,8 +21,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from bench.measure import Goal, asked_for_smoke, report
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision
 from tidegate.latency import BUCKETS_S
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.logs import configure_logging

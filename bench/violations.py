@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 
 from bench.measure import Goal, asked_for_smoke, report
 from tidegate.catalog.sql.database import Database
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Decision
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.violations.recorder import MAX_ENTRIES, Violations, ViolationWriter
 

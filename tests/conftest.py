@@ -48,8 +48,8 @@ from tests.servers.ports import accepts, free_port
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.toml_reader import parse_policy
 
 # httpx gives up after 5 s where a test says nothing else; a server that starts on busy cores may need longer for an answer.

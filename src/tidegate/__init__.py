@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tidegate.counters import Charge, CounterStore
     from tidegate.counters.memory import MemoryCounters
     from tidegate.counters.reservations import Reservation
-    from tidegate.decision import Check, Decision, Observation
+    from tidegate.decision import Check, Decision
     from tidegate.doors.asgi import RateLimitMiddleware
     from tidegate.doors.exceeded import RateLimitExceeded
     from tidegate.doors.limit import exempt, limit
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         TooManyUnknownKeys,
     )
     from tidegate.gate.gate import Gate
+    from tidegate.observation import Observation
     from tidegate.policy.limits import Algorithm, Limit
     from tidegate.policy.model import ApiKey, Policy, Rule, Tier
     from tidegate.policy.toml_reader import load_policy
@@ -62,7 +63,6 @@ _HOMES = {
     "Reservation": "tidegate.counters.reservations",
     "Check": "tidegate.decision",
     "Decision": "tidegate.decision",
-    "Observation": "tidegate.decision",
     "RateLimitMiddleware": "tidegate.doors.asgi",
     "RateLimitExceeded": "tidegate.doors.exceeded",
     "exempt": "tidegate.doors.limit",
@@ -87,12 +87,13 @@ _HOMES = {
     "TooManyTokens": "tidegate.errors",
     "TooManyUnknownKeys": "tidegate.errors",
     "Gate": "tidegate.gate.gate",
+    "Observation": "tidegate.observation",
     "Algorithm": "tidegate.policy.limits",
     "Limit": "tidegate.policy.limits",
     "ApiKey": "tidegate.policy.model",
     "Policy": "tidegate.policy.model",
-    "Rule": "tidegate.policy.model",
     "Tier": "tidegate.policy.model",
+    "Rule": "tidegate.policy.rules",
     "load_policy": "tidegate.policy.toml_reader",
 }
 """Module of each name."""

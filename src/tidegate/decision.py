@@ -1,17 +1,15 @@
-"""A request to decide (`Check`), the answer (`Decision`), and what telemetry reads of both (`Observation`)."""
+"""A request to decide (`Check`), the answer (`Decision`), and what a caller has left (`Usage`)."""
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, clip
+from tidegate.ip_addresses import canonical_ip
 from tidegate.policy.attributes import NO_ATTRIBUTES, attributes_by_name, checked_attributes
 from tidegate.policy.limits import Limit, LimitSet
 from tidegate.policy.model import Mode
@@ -19,17 +17,6 @@ from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.timestamps import US_PER_S
 
 MAX_COST: Final = 1_000_000_000
-IPV6_PREFIX: Final = 64
-"""Bits of an IPv6 address that make one client: a subscriber is handed a /64 (RFC 6177), and could vary the rest at will."""
-_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
-"""RFC 6052."""
-_LOCAL_NAT64: Final = ipaddress.IPv6Network("64:ff9b:1::/48")
-"""RFC 8215."""
-_SIIT: Final = ipaddress.IPv6Network("::ffff:0:0:0/96")
-"""IPv4-translated addresses, RFC 2765."""
-_COMPATIBLE: Final = ipaddress.IPv6Network("::/96")
-"""IPv4-compatible addresses, RFC 4291."""
-
 _METHOD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}", re.ASCII)
 USUAL_METHODS: Final = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
@@ -127,12 +114,6 @@ def require_tier(tier: object, api_key: object) -> None:
         raise BadRequest("tier must be a string", field="tier")
     if tier and api_key:
         raise BadRequest("tier and api_key came together, and the key has a tier of its own: send one of them", field="tier")
-
-
-class PeerName(str):
-    """The name of a peer that has no address, such as a unix socket; it takes an address's place in a check."""
-
-    __slots__ = ()
 
 
 class CallerIdentity(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
@@ -266,91 +247,6 @@ def header_parts(limits: LimitSet, binding: Limit) -> tuple[tuple[str, str], str
     return known[1]
 
 
-class ShadowDenial(msgspec.Struct, frozen=True, gc=False):
-    """A check that a shadow rule would have denied.
-
-    Args:
-        at_us: the counter store's clock, µs since the epoch.
-    """
-
-    tier: str
-    rule: str
-    subject: str
-    at_us: int
-
-
-class UsageMemo:
-    """What a caller's checks have used since the last write, under the rule and subject that it was counted for first.
-
-    Kept by the cached caller, so that such a check is counted without a look-up, and without reading any memory that the check
-    has not read already. Written and read by `tidegate.ledger.aggregate` alone.
-
-    Attributes:
-        key_id: id of the caller's API key; empty without one.
-        customer: name of the customer that it belongs to; empty without one.
-        usage_minute: `tidegate.ledger.aggregate.Minute` that the units belong to; None while there are none.
-        usage_answer: what answered, as in the key of an entry.
-        usage_subject: whom it counted.
-        usage_admitted: units admitted.
-        usage_blocked: units blocked.
-        usage_over: of the admitted units, those above a quota or a soft limit.
-        usage_others: entries of the same minute by what answered, where that was something else; None without any.
-    """
-
-    __slots__ = (
-        "customer",
-        "key_id",
-        "usage_admitted",
-        "usage_answer",
-        "usage_blocked",
-        "usage_minute",
-        "usage_others",
-        "usage_over",
-        "usage_subject",
-    )
-
-    def __init__(self, key_id: str = "", customer: str = "") -> None:
-        self.key_id = key_id
-        self.customer = customer
-        self.usage_minute: Any = None
-        self.usage_answer: Any = None
-        self.usage_subject: str | None = None
-        self.usage_admitted = self.usage_blocked = self.usage_over = 0
-        self.usage_others: dict[Any, Any] | None = None
-
-
-class Observation(msgspec.Struct, frozen=True, gc=False):
-    """What the gate saw while answering one check; telemetry reads it, nothing else does.
-
-    Args:
-        decision: the answer, or None where the check was refused.
-        error: code of the error where it was refused, else None.
-        latency_ns: time spent in the gate, ns; for a batch, its share.
-        shadow_denied: names of the shadow rules that would have denied.
-        subject: whom the rule counted, or whom the tier's own limits did, where these denied; None where nothing limits it.
-        denied_by: the limits that denied: the rule's or the tier's own; None where the check passed.
-        cost: units of the check.
-        key_id: id of the caller's API key; empty without one.
-        customer: name of the customer that the caller belongs to; empty without one.
-        shadow_denials: what the shadow rules of `shadow_denied` would have denied, and to whom.
-        memo: of the caller with this API key and customer; None where it is not cached.
-        held: whether the cost is reserved by a hold, whose settlement reports what was charged.
-    """
-
-    decision: Decision | None
-    error: str | None
-    latency_ns: int
-    shadow_denied: tuple[str, ...] = ()
-    subject: str | None = None
-    denied_by: LimitSet | None = None
-    cost: int = 1
-    key_id: str = ""
-    customer: str = ""
-    shadow_denials: tuple[ShadowDenial, ...] = ()
-    memo: UsageMemo | None = None
-    held: bool = False
-
-
 class RuleUsage(msgspec.Struct, frozen=True, gc=False):
     """What is left to a caller under one rule.
 
@@ -391,107 +287,3 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     rules: tuple[RuleUsage, ...]
     not_counted: tuple[str | None, ...] = ()
     truncated: bool = False
-
-
-def canonical_ip(ip: object) -> str:
-    """Spell an address in its one canonical way; an IPv4 address mapped into IPv6 becomes IPv4.
-
-    Args:
-        ip: IPv4 in four decimal parts, or IPv6; a port, brackets and a zone are dropped. A `PeerName` stays as it is.
-
-    Returns:
-        The canonical text. Costs 0.3 µs for IPv4.
-
-    Raises:
-        BadRequest: if it is no address.
-    """
-    if type(ip) is str and len(ip) <= _MAX_ADDRESS:
-        if (address := _bare_address(ip)) is not None:
-            return address
-        match = _DECORATED.fullmatch(ip)
-        if match is not None and (address := _bare_address(match[match.lastindex or 0])) is not None:
-            return address
-    elif type(ip) is PeerName:
-        return ip
-    raise BadRequest(f"ip {clip(ip)} is not an IPv4 or IPv6 address", field="ip")
-
-
-_MAX_ADDRESS: Final = 96
-# `[2001:db8::1%eth0]:443`, `192.0.2.1:443`, `fe80::1%eth0`
-_DECORATED: Final = re.compile(
-    r"\[([0-9A-Fa-f:.]+)(?:%[^\]\s%]{1,32})?\](?::[0-9]{1,5})?|([0-9.]+):[0-9]{1,5}|([0-9A-Fa-f]*:[0-9A-Fa-f:.]*)%[^\]\s%]{1,32}",
-    re.ASCII,
-)
-
-
-def _bare_address(text: str) -> str | None:
-    try:
-        if ":" not in text:
-            socket.inet_pton(socket.AF_INET, text)
-            return text
-        packed = socket.inet_pton(socket.AF_INET6, text)
-    except (OSError, ValueError):
-        return None
-    if packed.startswith(b"\0" * 10 + b"\xff\xff"):
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return socket.inet_ntop(socket.AF_INET6, packed)
-
-
-def client_of(ip: object) -> str:
-    """What counts as one client of an address, however it is written: itself, or see `ipv6_client`.
-
-    Args:
-        ip: IPv4 or IPv6 address.
-
-    Returns:
-        The client.
-
-    Raises:
-        BadRequest: if it is no address.
-    """
-    canonical = canonical_ip(ip)
-    return ipv6_client(canonical) if ":" in canonical else canonical
-
-
-@lru_cache(maxsize=65_536)
-def ipv6_client(ip: str) -> str:
-    """What counts as one client of an IPv6 address: its /64, or the IPv4 address that a translator or a tunnel put into it.
-
-    A NAT64 gives all its IPv4 clients addresses in one /64, and a Teredo server does so too; a 6to4 client has 65,536 of them.
-
-    Args:
-        ip: the address, canonical.
-
-    Returns:
-        The network, or the address where that is one client.
-
-    Raises:
-        ValueError: if it is no IPv6 address.
-    """
-    address = ipaddress.IPv6Address(ip)
-    embedded = embedded_ipv4(address)
-    if embedded is not None:
-        return str(embedded)
-    if address in _LOCAL_NAT64:
-        # Where the IPv4 address is, depends on the translator (RFC 6052); one address is one client of it.
-        return str(address)
-    return str(ipaddress.IPv6Network((int(address), IPV6_PREFIX), strict=False))
-
-
-def embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address of the client behind an IPv6 address; None where there is none."""
-    if address.sixtofour is not None:
-        return address.sixtofour
-    if address.teredo is not None:
-        return address.teredo[1]
-    # ::/96 but neither :: nor ::1, which are the host's own.
-    if address in _NAT64 or address in _SIIT or (address in _COMPATIBLE and int(address) > 1):
-        return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
-    return address.ipv4_mapped
-
-
-def clip(value: object) -> str:
-    """The representation of a value that came from outside, short enough for a message."""
-    # Of a long text its beginning is enough; to escape all of it would cost its sender's peers.
-    text = repr(value[:80] if type(value) is str else value)
-    return text if len(text) <= 80 else text[:77] + "..."

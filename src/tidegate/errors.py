@@ -215,3 +215,10 @@ class CatalogError(TidegateError):
 
     code = "CATALOG_REFUSED"
     status = 409
+
+
+def clip(value: object, length: int = 80) -> str:
+    """The representation of a value that came from outside, short enough for a message: at most `length` characters."""
+    # Of a long text its beginning is enough; to escape all of it would cost its sender's peers.
+    text = repr(value[:length] if type(value) is str else value)
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -12,10 +12,10 @@ from tests.rsgi import call
 from tests.unit.test_gate import CountingCatalog
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.http import DataPlane
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.key_format import make_api_key
 
 JWT = b"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"

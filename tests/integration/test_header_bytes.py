@@ -16,12 +16,13 @@ from tests.integration.ratelimit_client import headers as rls_headers
 from tests.integration.ratelimit_client import request
 from tests.raw_http import RawAnswer, exchange
 from tests.rsgi import call
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.http import DataPlane
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.settings import EnvoySettings
 
 KEY = ("X-API-Key", FREE.encode())

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from tests.cases.doors import FREE
 from tests.moments import PATIENCE_S
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.doors.http import MAX_BATCH_BYTES, MAX_CHECK_BYTES, DataPlane
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 
 GOOD = {"path": "/api/v1/a", "api_key": FREE}
 

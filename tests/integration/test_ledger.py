@@ -26,13 +26,13 @@ from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.paging import cursor_of
 from tidegate.catalog.sql.tables import traffic_callers, traffic_hours, traffic_latency, traffic_minutes, usage_ledger
 from tidegate.cli import app
-from tidegate.decision import Observation
 from tidegate.latency import LatencyHistogram
 from tidegate.ledger.aggregate import MINUTE_US, UsageCounts
 from tidegate.ledger.buffer import DAY_US, HOUR_US
 from tidegate.ledger.export import COLUMNS
 from tidegate.ledger.maintenance import LEDGER, Retention, maintain_tables
 from tidegate.ledger.writer import UsageWriter
+from tidegate.observation import Observation
 from tidegate.timestamps import format_timestamp
 
 NOW_US = 1_700_049_600_000_000

@@ -18,7 +18,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Decision
 from tidegate.doors import plain_requests as reader
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
@@ -27,6 +27,7 @@ from tidegate.doors.http_exchange import PlainRequest
 from tidegate.doors.http_server import HttpServer
 from tidegate.doors.responses import limit_headers, limit_lines
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 

@@ -23,7 +23,6 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.decision import Observation
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.messages import NOT_SERVING, OK, OVER_LIMIT, SERVING, RateLimitResponse
 from tidegate.doors.grpc.ratelimit_file import load_ratelimit, parse_ratelimit
@@ -31,6 +30,7 @@ from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused
 from tidegate.errors import PolicyError
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import EnvoySettings
 

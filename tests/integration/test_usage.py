@@ -19,12 +19,13 @@ from tidegate.counters import Charge
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.errors import StoreUnavailable
 from tidegate.gate.gate import Gate
 from tidegate.gate.usage import MAX_USAGE_RULES, peek_windows
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 

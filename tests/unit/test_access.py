@@ -16,10 +16,11 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.changes import ALL, BLOCK, KEY
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision
 from tidegate.errors import Blocked, CatalogUnavailable, InvalidApiKey, PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.observation import Observation
 from tidegate.policy.access import access_entry, require_exact_attributes
 from tidegate.policy.key_format import hash_api_key, make_api_key
 from tidegate.policy.networks import NEVER, NOT_FOUND, NetworkTable, parse_network

@@ -14,10 +14,11 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.keyspace import hash_tag
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision
 from tidegate.errors import BadRequest, InvalidApiKey, MissingApiKey, TidegateError
 from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.observation import Observation
 from tidegate.policy.matching import attribute_subject, subject_of
 from tidegate.policy.model import Subject
 from tidegate.policy.toml_reader import parse_policy

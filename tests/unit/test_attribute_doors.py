@@ -16,13 +16,14 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.client.bodies import check_body, usage_query
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.http import DataPlane
 from tidegate.errors import BadRequest
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import EnvoySettings
 from tidegate.wire import CheckRequest

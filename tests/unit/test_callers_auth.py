@@ -14,7 +14,6 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.caller_tokens import CallerToken, CallerTokens, hash_caller_token, make_caller_token
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
 from tidegate.doors.callers_auth import (
     FAILURES_PER_MINUTE,
     FAILURES_PER_MINUTE_OVERALL,
@@ -27,6 +26,7 @@ from tidegate.doors.http import DataPlane
 from tidegate.doors.openapi import data_plane_openapi
 from tidegate.errors import TidegateError
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.timestamps import now_us
 

@@ -6,9 +6,10 @@ import pytest
 
 from tests.cpu_time import assert_growth_below, cpu_s
 from tests.rsgi import RsgiHeaders
-from tidegate.decision import BadRequest, Check, PeerName, canonical_ip
+from tidegate.decision import BadRequest, Check
 from tidegate.doors.client_address import MAX_HOPS, TrustedProxies, address_or_none, counted_client
 from tidegate.errors import SettingsError
+from tidegate.ip_addresses import PeerName, canonical_ip
 
 GATEWAY = "10.0.0.1"
 TRUSTED = TrustedProxies(["10.0.0.0/8", "2001:db8:ffff::/48", "192.0.2.80:443"])

@@ -10,10 +10,11 @@ from tests.conftest import Clock
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.errors import BadRequest, InvalidApiKey, PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.observation import Observation
 from tidegate.policy.descriptors import canonical_descriptor, descriptor_entries, descriptor_text, entries_subject
 from tidegate.policy.model import Policy
 from tidegate.policy.toml_reader import parse_policy, policy_warnings

@@ -15,10 +15,11 @@ from tidegate.catalog.cached import MAX_UNKNOWN, CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation, Usage
+from tidegate.decision import Check, Decision, Usage
 from tidegate.errors import BadRequest, CatalogUnavailable, InvalidApiKey, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.gate import Gate
 from tidegate.gate.usage import MAX_USAGE_RULES
+from tidegate.observation import Observation
 from tidegate.policy.key_format import hash_api_key, make_api_key
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.model import ApiKey, Tier

@@ -12,7 +12,6 @@ from tidegate.algorithms.holds import REFUND_ENTRIES
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.messages import OK, OVER_LIMIT, RateLimitResponse
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
@@ -20,6 +19,7 @@ from tidegate.doors.grpc.service import RateLimitService
 from tidegate.doors.grpc.status import CallRefused
 from tidegate.errors import SettingsError
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import EnvoySettings

@@ -20,13 +20,14 @@ from tidegate.counters.factory import open_blocking, open_counters
 from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.hold_ends import HoldEnds
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
 from tidegate.doors.limiter import Limiter, SyncLimiter
 from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, PolicyError, TooManyHolds
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.settings import CounterSettings

@@ -12,9 +12,9 @@ from tests.rsgi import call
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
 from tidegate.doors.http import DataPlane
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.toml_reader import parse_policy
 
 NAMESPACES = """

@@ -24,7 +24,7 @@ from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.tables import ledger_batches, traffic_callers, traffic_latency, traffic_minutes, usage_ledger
 from tidegate.counters.holds import HoldAccount, HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation, UsageMemo
+from tidegate.decision import Check, Decision
 from tidegate.errors import BadRequest, CatalogUnavailable
 from tidegate.gate.gate import Gate
 from tidegate.latency import BUCKETS_S, LatencyHistogram
@@ -36,6 +36,7 @@ from tidegate.ledger.caller_table import CallerTable
 from tidegate.ledger.maintenance import LEDGER, Retention
 from tidegate.ledger.traffic import quantile
 from tidegate.ledger.writer import UsageWriter
+from tidegate.observation import Observation, UsageMemo
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.telemetry.collectors import collect_usage

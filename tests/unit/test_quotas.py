@@ -25,9 +25,10 @@ from tidegate.cli.key_limits import changed_overrides, parse_change
 from tidegate.counters import Charge
 from tidegate.counters.fallback import LocalShares
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision
 from tidegate.errors import PolicyError
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.periods import Period, PeriodAnchor

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Observation
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.gate import request_limits
 from tidegate.gate.request_limits import LimitCheck, RequestLimits, counter_subject
+from tidegate.observation import Observation
 from tidegate.policy.namespaces import CompiledNamespace, Namespace
 
 EMAILS = Namespace.make(

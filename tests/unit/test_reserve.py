@@ -20,10 +20,11 @@ from tidegate.counters import memory_reservations
 from tidegate.counters.holds import new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.reservations import ReservationHandle, ReservedCounter
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
 from tidegate.doors.http import DataPlane
 from tidegate.errors import BadRequest, LimiterUnavailable, ReservationNotFound, TooManyReservations
 from tidegate.gate.gate import Gate
+from tidegate.observation import Observation
 from tidegate.policy.toml_reader import parse_policy
 
 POLICY = """

@@ -18,11 +18,12 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, CounterStore
 from tidegate.counters.redis.keyspace import key_of
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.decision import Check, Decision, client_of
+from tidegate.decision import Check, Decision
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
 from tidegate.doors.limiter import LONGEST_SUBJECT, fit_subject
 from tidegate.gate.gate import Gate
+from tidegate.ip_addresses import client_of
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.matching import CompiledTier, subject_of

@@ -9,8 +9,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Decision
 from tidegate.latency import BUCKETS_S, LatencyHistogram
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry import health
 from tidegate.telemetry.health import Health

@@ -12,7 +12,8 @@ from tests.unit.test_telemetry import values
 from tidegate.catalog.sql.column_text import shorten
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.statements import load_statements
-from tidegate.decision import Decision, Observation, ShadowDenial
+from tidegate.decision import Decision
+from tidegate.observation import Observation, ShadowDenial
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.telemetry.collectors import collect_violations
 from tidegate.telemetry.metrics import Metrics

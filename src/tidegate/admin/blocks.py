@@ -15,8 +15,8 @@ from tidegate.catalog.changes import BLOCK
 from tidegate.catalog.sql.catalog import holding_blocks
 from tidegate.catalog.sql.paging import Page, invalid_cursor, page_of, rows_of
 from tidegate.catalog.sql.tables import api_keys, blocks, customers
-from tidegate.decision import canonical_ip, embedded_ipv4
 from tidegate.errors import BadRequest, CatalogError, PolicyError
+from tidegate.ip_addresses import canonical_ip, embedded_ipv4
 from tidegate.policy.access import require_customer, require_exact_attributes, require_key_id
 from tidegate.policy.networks import Network, parse_network
 from tidegate.timestamps import now_us, parse_timestamp

@@ -10,12 +10,13 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.sql.tables import api_keys
-from tidegate.decision import Usage, client_of, clip
-from tidegate.errors import BadRequest, MissingApiKey
+from tidegate.decision import Usage
+from tidegate.errors import BadRequest, MissingApiKey, clip
 from tidegate.gate.customers import customer_caller
 from tidegate.gate.gate import Gate
 from tidegate.gate.quotas import key_counters
 from tidegate.gate.usage import caller_usage, reset_counters
+from tidegate.ip_addresses import client_of
 from tidegate.policy.attributes import is_name, parse_subject
 from tidegate.policy.descriptors import entries_subject
 from tidegate.timestamps import now_us

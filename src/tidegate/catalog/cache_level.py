@@ -8,7 +8,8 @@ from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
 from tidegate.counters import Counters
-from tidegate.decision import CallerIdentity, UsageMemo
+from tidegate.decision import CallerIdentity
+from tidegate.observation import UsageMemo
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
 from tidegate.policy.limits import LimitSet

@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from tidegate.decision import MAX_COST, Check, clip
-from tidegate.errors import BadRequest
+from tidegate.decision import MAX_COST, Check
+from tidegate.errors import BadRequest, clip
 from tidegate.wire import MAX_BATCH, MAX_BATCH_BYTES, CheckRequest, LimitRequest, whole_cost
 
 _encode: Final = msgspec.json.Encoder().encode

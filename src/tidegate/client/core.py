@@ -17,7 +17,7 @@ from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
 from tidegate.client.bodies import batches, check_body, limit_body, usage_query
 from tidegate.client.steps import HttpRequest, Reply, Steps, TransportFailure
-from tidegate.decision import Check, canonical_ip, clip
+from tidegate.decision import Check
 from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
@@ -40,7 +40,9 @@ from tidegate.errors import (
     TooManyReservations,
     TooManyTokens,
     TooManyUnknownKeys,
+    clip,
 )
+from tidegate.ip_addresses import canonical_ip
 from tidegate.server_url import Server
 from tidegate.wire import DecisionBody, LimitRequest, UsageBody
 

@@ -13,8 +13,8 @@ import msgspec
 from tidegate.client.answer import Answer
 from tidegate.client.core import ClientCore, headers_to_pass_on
 from tidegate.client.steps import Reply, Steps
-from tidegate.decision import MAX_COST, Check, clip
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.decision import MAX_COST, Check
+from tidegate.errors import BadRequest, TidegateError, clip
 from tidegate.wire import HoldAnswer, HoldRenewedBody, HoldRequest, HoldSettledBody, RenewRequest, SettleRequest
 
 logger = logging.getLogger("tidegate.client")

@@ -14,8 +14,8 @@ from tidegate.client.answer import Answer
 from tidegate.client.bodies import check_body, limit_body
 from tidegate.client.core import ClientCore, headers_to_pass_on
 from tidegate.client.steps import Reply, Steps
-from tidegate.decision import Check, clip
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.decision import Check
+from tidegate.errors import BadRequest, TidegateError, clip
 from tidegate.retry_pause import checked_wait_s, retry_pause_s
 from tidegate.wire import LimitRequest, ReservationCancelledBody, ReserveAnswer
 

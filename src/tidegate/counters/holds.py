@@ -18,8 +18,8 @@ import msgspec
 
 from tidegate.counters import Counters
 from tidegate.counters.handle_text import ID, handle_of, is_counter, text_of
-from tidegate.decision import Decision, clip
-from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds
+from tidegate.decision import Decision
+from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds, clip
 from tidegate.policy.limits import MAX_AMOUNT
 
 MIN_TTL_S: Final = 1

@@ -12,8 +12,8 @@ import msgspec
 from tidegate.algorithms.reservations import RESERVABLE
 from tidegate.counters import Counters
 from tidegate.counters.handle_text import ID, handle_of, is_counter, text_of
-from tidegate.decision import Decision, clip
-from tidegate.errors import BadRequest, ReservationNotFound
+from tidegate.decision import Decision
+from tidegate.errors import BadRequest, ReservationNotFound, clip
 from tidegate.policy.limits import MAX_AMOUNT, LimitSet
 from tidegate.timestamps import US_PER_S
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
-from tidegate.decision import PeerName, canonical_ip, ipv6_client
 from tidegate.doors.request_headers import RequestHeaders, joined, single
 from tidegate.errors import BadRequest, SettingsError
+from tidegate.ip_addresses import PeerName, canonical_ip, ipv6_client
 
 DEFAULT_TRUSTED: Final = ("127.0.0.0/8", "::1/128")
 SOCKET: Final = "unix"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
-from tidegate.decision import Check, Decision, Observation
+from tidegate.decision import Check, Decision
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.callers_auth import CallersAuth, scope_of
 from tidegate.doors.client_address import TrustedProxies, address_or_none, peer_address
@@ -56,6 +56,7 @@ from tidegate.doors.responses import (
 from tidegate.doors.token_attributes import token_attributes, with_body_token
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate, Observer
+from tidegate.observation import Observation
 from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.telemetry.access import AccessLog

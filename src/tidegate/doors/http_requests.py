@@ -12,12 +12,12 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from tidegate.decision import Check, clip
+from tidegate.decision import Check
 from tidegate.doors.client_address import TrustedProxies, peer_address
 from tidegate.doors.key_sources import KeySources
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, HeadersTooLarge, MethodNotAllowed, unsupported_encoding
 from tidegate.doors.request_headers import RequestHeaders, read_attributes, single, single_path, utf8_path
-from tidegate.errors import BadRequest, RequestTooLarge
+from tidegate.errors import BadRequest, RequestTooLarge, clip
 from tidegate.policy.attributes import MAX_ATTRIBUTES, NO_ATTRIBUTES, AttributeSource
 from tidegate.policy.paths import PathRules
 from tidegate.wire import MAX_BATCH, BatchRequest, CheckRequest, whole_cost

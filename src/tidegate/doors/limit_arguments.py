@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from tidegate.decision import MAX_COST, clip
-from tidegate.errors import PolicyError, SettingsError
+from tidegate.decision import MAX_COST
+from tidegate.errors import PolicyError, SettingsError, clip
 from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet, OnFailure, fit_limits, short, split_limits
 
 _REQUEST_NAMES: Final = frozenset(("request", "websocket", "connection", "req"))

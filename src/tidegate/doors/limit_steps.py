@@ -13,7 +13,7 @@ import msgspec
 
 from tidegate.counters import Counters, CounterStore
 from tidegate.counters.holds import HoldSettlement
-from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.decision import MAX_COST, Decision
 from tidegate.doors.call_holds import STEPS, CallHold, OpenHold
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.exceeded import RateLimitExceeded, loaded, starlette_error
@@ -33,7 +33,7 @@ from tidegate.doors.limit_arguments import (
 from tidegate.doors.limiter import fit_subject
 from tidegate.doors.python_requests import DjangoRequest, RequestView, client_ip, stricter
 from tidegate.doors.stores import SWITCHES, SharedStore, shared_store
-from tidegate.errors import BadRequest, PolicyError, SettingsError
+from tidegate.errors import BadRequest, PolicyError, SettingsError, clip
 from tidegate.policy.limits import Algorithm, LimitSet, OnFailure, member_of
 
 Steps = Generator[Any, Any, Any]

@@ -18,11 +18,11 @@ from tidegate.counters.reservations import (
     ahead_us_of,
     can_reserve,
 )
-from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.decision import MAX_COST, Decision
 from tidegate.doors.hold import AsyncHold, SyncHold
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
-from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
+from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, clip
 from tidegate.gate.holds import checked_ttl_s, fitting_cost
 from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.attributes import checked_attributes

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from tidegate.decision import MAX_COST, USUAL_METHODS, Check, PeerName, canonical_ip, require_tier
+from tidegate.decision import MAX_COST, USUAL_METHODS, Check, require_tier
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
 from tidegate.doors.head_layouts import Facts, HeadLayouts
 from tidegate.errors import BadRequest
+from tidegate.ip_addresses import PeerName, canonical_ip
 from tidegate.policy.attributes import (
     MAX_ATTRIBUTES,
     MAX_VALUE,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tidegate.decision import clip
-from tidegate.errors import TidegateError
+from tidegate.errors import TidegateError, clip
 
 
 class NotFound(TidegateError):

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
-from tidegate.decision import clip
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, clip
 from tidegate.policy.attributes import MAX_VALUE, AttributeSource, SourceKind
 
 _SECRETS: Final = frozenset(("authorization", "x-api-key"))

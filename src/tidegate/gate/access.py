@@ -18,9 +18,10 @@ from tidegate.catalog.access_lists import NOTHING, AccessLists
 from tidegate.catalog.blocks import API_KEY_ID, ATTRIBUTE, CUSTOMER, BlockIndex, attributes_text
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.decision import Check, clip, embedded_ipv4
-from tidegate.errors import Blocked, CatalogUnavailable, TidegateError
+from tidegate.decision import Check
+from tidegate.errors import Blocked, CatalogUnavailable, TidegateError, clip
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.ip_addresses import embedded_ipv4
 from tidegate.policy.access import CompiledAccess
 from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.matching import CompiledRule

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.decision import Check, clip
+from tidegate.decision import Check
 from tidegate.errors import (
     ApiKeyExpired,
     ApiKeyRevoked,
@@ -28,6 +28,7 @@ from tidegate.errors import (
     InvalidApiKey,
     MissingApiKey,
     TidegateError,
+    clip,
 )
 from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy.attributes import CallerPolicy

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.decision import clip
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, clip
 from tidegate.gate.usage import Counter
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.model import Subject

@@ -12,12 +12,13 @@ import msgspec
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import CounterStore
-from tidegate.decision import Check, Decision, ipv6_client
+from tidegate.decision import Check, Decision
 from tidegate.errors import BadRequest, Blocked
 from tidegate.gate.access import AccessControl
 from tidegate.gate.planning import counters_of
 from tidegate.gate.subjects import shadow_subject
 from tidegate.gate.usage import CounterUsage, peek_windows
+from tidegate.ip_addresses import ipv6_client
 from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.globs import Glob, endpoint_matcher
 from tidegate.policy.limits import LimitSet

@@ -15,7 +15,7 @@ from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, ChargeOutcome, Counters, CounterStore, ImmediateCounterStore, LeasingCounterStore
 from tidegate.counters.factory import open_counters
 from tidegate.counters.storage_uri import counters_url
-from tidegate.decision import Check, Decision, Observation, Usage, client_of, ipv6_client, require_tier
+from tidegate.decision import Check, Decision, Usage, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.access import AccessControl
 from tidegate.gate.adjusting import OUTCOME, adjust
@@ -31,7 +31,9 @@ from tidegate.gate.reset import counters_by_attributes, counters_by_ip, counters
 from tidegate.gate.shadow import shadow_counters, shadow_denials
 from tidegate.gate.subjects import DescriptorCheck, shadow_subject
 from tidegate.gate.usage import caller_usage, reset_counters
+from tidegate.ip_addresses import client_of, ipv6_client
 from tidegate.jwt.tokens import Tokens
+from tidegate.observation import Observation
 from tidegate.policy.attributes import NO_ATTRIBUTES, checked_attributes
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.toml_reader import load_policy

@@ -23,8 +23,8 @@ from tidegate.counters.holds import (
     holding,
     new_id,
 )
-from tidegate.decision import MAX_COST, Check, Decision, clip
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.decision import MAX_COST, Check, Decision
+from tidegate.errors import BadRequest, TidegateError, clip
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.request_limits import LimitCheck
 from tidegate.policy.failures import FailureCount

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import Charge
-from tidegate.decision import MAX_COST, Check, Decision, Observation, clip
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.decision import MAX_COST, Check, Decision
+from tidegate.errors import BadRequest, TidegateError, clip
 from tidegate.gate.access import uncounted
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.quotas import counters_with_quotas
 from tidegate.gate.subjects import DescriptorCheck, attributes_subject, descriptor_subject, ip_needed
+from tidegate.observation import Observation
 from tidegate.policy.attributes import MAX_VALUE, long_value
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import Counters
-from tidegate.decision import Check, clip
+from tidegate.decision import Check
+from tidegate.errors import clip
 from tidegate.gate.subjects import attributes_subject, ip_needed
 from tidegate.gate.usage import own_limits
 from tidegate.policy.limits import LimitSet

@@ -15,9 +15,10 @@ from typing import Final
 import msgspec
 
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
-from tidegate.decision import MAX_COST, Decision, Observation, clip
-from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, TidegateError
+from tidegate.decision import MAX_COST, Decision
+from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, TidegateError, clip
 from tidegate.gate.access import AccessControl
+from tidegate.observation import Observation
 from tidegate.policy.limits import Algorithm, Limit, LimitSet, member_of
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace, limit_set, require_name
 

@@ -27,8 +27,8 @@ from tidegate.counters.reservations import (
     naming_reservations,
     not_found,
 )
-from tidegate.decision import Check, Decision, clip
-from tidegate.errors import BadRequest, StoreUnavailable, TidegateError
+from tidegate.decision import Check, Decision
+from tidegate.errors import BadRequest, StoreUnavailable, TidegateError, clip
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.holds import Report, ReportError
 from tidegate.gate.request_limits import LimitCheck

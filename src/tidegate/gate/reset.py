@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from tidegate.catalog.cached import CachedCatalog
-from tidegate.decision import client_of, clip
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, clip
 from tidegate.gate.usage import Counter, own_limits
+from tidegate.ip_addresses import client_of
 from tidegate.policy.attributes import OnMissing, parse_subject
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters import Charge, ChargeOutcome
-from tidegate.decision import Decision, ShadowDenial
+from tidegate.decision import Decision
 from tidegate.gate.charging import CheckPlan
+from tidegate.observation import ShadowDenial
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule
 from tidegate.policy.model import Subject

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from tidegate.catalog.cache_level import Caller
-from tidegate.decision import Check, clip
-from tidegate.errors import BadRequest
+from tidegate.decision import Check
+from tidegate.errors import BadRequest, clip
 from tidegate.policy.attributes import OnMissing
 from tidegate.policy.matching import CompiledRule, DescriptorRule, attribute_subject, subject_of
 from tidegate.policy.model import Subject

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 from tidegate.counters.holds import HoldAccount
-from tidegate.decision import Observation, UsageMemo
 from tidegate.latency import LatencyHistogram
 from tidegate.ledger.caller_table import CallerTable, Entry
+from tidegate.observation import Observation, UsageMemo
 from tidegate.policy.limits import LimitSet
 from tidegate.timestamps import now_us
 

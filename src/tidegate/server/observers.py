@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from tidegate.catalog.sql.database import Database
-from tidegate.decision import Observation
 from tidegate.gate.gate import Observer
 from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.maintenance import Retention
 from tidegate.ledger.writer import UsageWriter
+from tidegate.observation import Observation
 from tidegate.settings import Settings
 from tidegate.telemetry.collectors import collect_usage, collect_violations
 from tidegate.telemetry.metrics import Metrics

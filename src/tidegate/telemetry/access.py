@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from tidegate.decision import Observation
 from tidegate.jitter import JITTER
+from tidegate.observation import Observation
 from tidegate.telemetry.requests import Request, current
 
 logger = logging.getLogger("tidegate.access")

@@ -17,8 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tidegate.decision import Observation
 from tidegate.latency import BUCKETS_NS, BUCKETS_S, LatencyHistogram
+from tidegate.observation import Observation
 from tidegate.policy.limits import LimitSet
 
 MAX_RULE_LABELS: Final = 1000

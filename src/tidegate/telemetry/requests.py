@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple, Protocol
 
-from tidegate.decision import Check, Observation
+from tidegate.decision import Check
+from tidegate.observation import Observation
 
 REQUEST_ID: Final = "x-request-id"
 _VERSION_0_CHARACTERS: Final = 55

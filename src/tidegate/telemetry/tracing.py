@@ -16,9 +16,10 @@ from typing import Final
 
 from tidegate._version import __version__
 from tidegate.counters import Charge, ChargeOutcome, CounterStore
-from tidegate.decision import Decision, Observation
+from tidegate.decision import Decision
 from tidegate.errors import SettingsError
 from tidegate.jitter import JITTER
+from tidegate.observation import Observation
 from tidegate.policy.limits import LimitSet
 from tidegate.telemetry.requests import Parent, current
 

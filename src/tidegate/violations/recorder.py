@@ -18,8 +18,8 @@ from typing import Any, Final, TypeVar
 from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.partitions import PartitionedTable
-from tidegate.decision import Observation
 from tidegate.jitter import JITTER
+from tidegate.observation import Observation
 from tidegate.violations.space_saving import SpaceSaving
 from tidegate.violations.storage import (
     MAX_ROWS,

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tidegate.counters.redis.keyspace import hash_tag, key_of
 from tidegate.counters.redis.scripts import Script, parameters, script
-from tidegate.decision import clip
+from tidegate.errors import clip
 from tidegate.policy.limits import LimitSet
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,6 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.sessions import Sessions
 from tidegate.admin.tokens import TokenCheck
 from tidegate.admin.what_if import WhatIfRuns
-from tidegate.decision import clip
 from tidegate.doors.admin.api_keys import key_routes
 from tidegate.doors.admin.blocks import block_routes
 from tidegate.doors.admin.caller_tokens import caller_token_routes
@@ -46,7 +45,7 @@ from tidegate.doors.admin.what_if import what_if_routes
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.console import console_routes
 from tidegate.doors.responses import error_body
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.errors import BadRequest, TidegateError, clip
 from tidegate.gate.gate import Gate
 from tidegate.policy.paths import STRICT, PathRules
 

@@ -16,9 +16,8 @@ from tidegate.admin.models.subject_overrides import SubjectOverrideRead
 from tidegate.admin.tokens import Principal
 from tidegate.admin.transaction import StaleRevision
 from tidegate.catalog.sql.paging import MAX_PAGE
-from tidegate.decision import clip
 from tidegate.doors.admin.guard import READING, principal_of, require_operator
-from tidegate.errors import BadRequest, TidegateError
+from tidegate.errors import BadRequest, TidegateError, clip
 
 _Tagged = TypeVar("_Tagged", CustomerRead, TierRead, RuleRead, KeyRead, KeyMade, KeyRotated, NamespaceRead, SubjectOverrideRead)
 

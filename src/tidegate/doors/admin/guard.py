@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
 from tidegate.admin.tokens import OPERATOR, Principal, TokenCheck
-from tidegate.decision import Decision, clip
+from tidegate.decision import Decision
 from tidegate.doors.admin.session_cookies import POLL_HEADER, SESSION_PATH, SessionCookies
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_client
 from tidegate.doors.limiter import Limiter
 from tidegate.doors.refusals import IDENTITY, BodyTooSlow, unsupported_encoding
 from tidegate.doors.request_headers import AsgiHeaders, single
 from tidegate.doors.responses import ceil_s, encode, error_body
-from tidegate.errors import BadRequest, RequestTooLarge, TidegateError
+from tidegate.errors import BadRequest, RequestTooLarge, TidegateError, clip
 from tidegate.telemetry.logs import UNAUTHENTICATED
 from tidegate.telemetry.requests import CURRENT, REQUEST_ID, Request
 

@@ -21,11 +21,10 @@ from starlette.responses import Response
 from tidegate.admin.models import Plain
 from tidegate.admin.sessions import Sessions
 from tidegate.admin.tokens import Principal, TokenCheck
-from tidegate.decision import clip
 from tidegate.doors.admin.common import AdminRouter
 from tidegate.doors.admin.guard import INTERNAL, LIVE_PATH, InternalError, TooManyRequests
 from tidegate.doors.responses import encode, error_body
-from tidegate.errors import BadRequest, CatalogUnavailable
+from tidegate.errors import BadRequest, CatalogUnavailable, clip
 
 logger = logging.getLogger(__name__)
 

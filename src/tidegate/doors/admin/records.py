@@ -12,9 +12,9 @@ from tidegate.admin.models import AuditPage, Timestamp, TopRead, ViolationPage, 
 from tidegate.admin.models.base import Plain
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.usage import attribute_names, attribute_subject_text, subject_of_key
-from tidegate.decision import client_of
 from tidegate.doors.admin.common import AdminRouter, After, Exactly, Ip, KeyId, Limit, SubjectText
 from tidegate.errors import BadRequest
+from tidegate.ip_addresses import client_of
 from tidegate.timestamps import now_us, parse_timestamp
 from tidegate.violations.queries import DAY_US, ViolationFilter, list_violations, top_violators
 

@@ -10,10 +10,10 @@ from tidegate.admin.models import Plain, Timestamp
 from tidegate.admin.models.traffic import TrafficCallerRead, TrafficCallersRead, TrafficRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.usage import attribute_subject_text, subject_of_key
-from tidegate.decision import client_of
 from tidegate.doors.admin.common import AdminRouter, Exactly, Ip, KeyId
 from tidegate.doors.responses import encode
 from tidegate.errors import BadRequest
+from tidegate.ip_addresses import client_of
 from tidegate.ledger.traffic import TrafficFilter, read_latency, read_traffic, top_callers
 from tidegate.timestamps import now_us, parse_timestamp
 

@@ -11,11 +11,12 @@ from tidegate.admin.models import Plain, ResetRead, ResetRequest, UsageRead
 from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
 from tidegate.admin.usage import customer_usage, key_usage, reset_customer, reset_key, subject_of_key, subject_usage
-from tidegate.decision import Usage, client_of
+from tidegate.decision import Usage
 from tidegate.doors.admin.common import Actor, AdminRouter, Exactly, Ip, KeyId, SubjectText
 from tidegate.doors.responses import usage_body
 from tidegate.errors import BadRequest, MissingApiKey
 from tidegate.gate.gate import Gate
+from tidegate.ip_addresses import client_of
 from tidegate.timestamps import now_us
 from tidegate.violations.queries import DAY_US, ViolationFilter, blocked_total
 

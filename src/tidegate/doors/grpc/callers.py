@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 from tidegate.catalog.caller_tokens import CHECK
-from tidegate.decision import Observation
 from tidegate.doors.callers_auth import CallersAuth
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.outward import outward
 from tidegate.errors import TidegateError
+from tidegate.observation import Observation
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 

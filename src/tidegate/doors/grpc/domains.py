@@ -13,13 +13,13 @@ from typing import Final
 import msgspec
 
 from tidegate.counters import Charge
-from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.decision import MAX_COST, Decision
 from tidegate.doors.grpc.descriptor_tree import FileLimit, Node
 from tidegate.doors.grpc.ratelimit_file import RateLimitFile
 from tidegate.doors.grpc.replies import Part
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.grpc.units import UNITS_S, window_limit
-from tidegate.errors import BadRequest
+from tidegate.errors import BadRequest, clip
 from tidegate.gate.charging import ChargeResult, CheckPlan
 from tidegate.gate.gate import Gate
 from tidegate.policy.descriptors import entries_subject

@@ -15,17 +15,19 @@ import msgspec
 from google.protobuf.message import DecodeError
 
 from tidegate.counters import ChargeOutcome
-from tidegate.decision import Check, Decision, Observation, canonical_ip, clip
+from tidegate.decision import Check, Decision
 from tidegate.doors.grpc.adjustments import MAX_ENTRIES, adjusts, take_sign
 from tidegate.doors.grpc.messages import RateLimitRequest
 from tidegate.doors.grpc.replies import Part, denied, reply, reply_to_one
 from tidegate.doors.grpc.request_cache import FileRequest, RequestCache
 from tidegate.doors.grpc.status import CallRefused, Status
 from tidegate.doors.outward import outward
-from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError
+from tidegate.errors import BadRequest, CatalogUnavailable, RequestTooLarge, TidegateError, clip
 from tidegate.gate.charging import ChargeResult
 from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
+from tidegate.ip_addresses import canonical_ip
+from tidegate.observation import Observation
 from tidegate.policy.attributes import RESERVED, is_name
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.settings import EnvoySettings

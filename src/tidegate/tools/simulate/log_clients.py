@@ -6,8 +6,8 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Final
 
-from tidegate.decision import canonical_ip
 from tidegate.errors import BadRequest, SettingsError
+from tidegate.ip_addresses import canonical_ip
 
 DEFAULT_TRUSTED: Final = ("127.0.0.0/8", "::1/128")
 """Default of `server.trusted_proxies`."""

@@ -11,8 +11,8 @@ import msgspec
 from tidegate.catalog.cache_level import Caller
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
-from tidegate.decision import client_of
 from tidegate.errors import BadRequest, SettingsError
+from tidegate.ip_addresses import client_of
 from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
