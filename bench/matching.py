@@ -10,7 +10,8 @@ import time
 
 from bench.measure import Goal, asked_for_smoke, report
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import Rule, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 
 
 def main() -> None:

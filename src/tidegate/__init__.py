@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from tidegate.gate.gate import Gate
     from tidegate.observation import Observation
     from tidegate.policy.limits import Algorithm, Limit
-    from tidegate.policy.model import ApiKey, Policy, Rule, Tier
+    from tidegate.policy.model import ApiKey, Policy, Tier
+    from tidegate.policy.rules import Rule
     from tidegate.policy.toml_reader import load_policy
 
 _HOMES = {

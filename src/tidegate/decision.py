@@ -12,8 +12,8 @@ from tidegate.errors import BadRequest, clip
 from tidegate.ip_addresses import canonical_ip
 from tidegate.policy.attributes import NO_ATTRIBUTES, attributes_by_name, checked_attributes
 from tidegate.policy.limits import Limit, LimitSet
-from tidegate.policy.model import Mode
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
+from tidegate.policy.rules import Mode
 from tidegate.timestamps import US_PER_S
 
 MAX_COST: Final = 1_000_000_000

@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from tidegate.policy.model import Mode
+from tidegate.policy.rules import Mode
 
 MAX_BATCH: Final = 1000
 """Checks of one batch."""

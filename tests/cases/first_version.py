@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Final
 
 from tidegate.policy.limits import Limit
-from tidegate.policy.model import ApiKey, KeyStatus, Rule, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Tier
 from tidegate.policy.overrides import Override
+from tidegate.policy.rules import Rule
 
 REVISION: Final = "0001"
 

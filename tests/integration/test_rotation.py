@@ -17,8 +17,7 @@ from tidegate.decision import Check, Decision
 from tidegate.errors import InvalidApiKey, PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
-from tidegate.policy.key_format import hash_api_key
-from tidegate.policy.model import parse_key_digest
+from tidegate.policy.key_format import hash_api_key, parse_key_digest
 from tidegate.policy.toml_reader import parse_policy
 
 POLICY = """

@@ -24,8 +24,9 @@ from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.limits import Limit
-from tidegate.policy.model import ApiKey, KeyStatus, Rule, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Tier
 from tidegate.policy.overrides import Override
+from tidegate.policy.rules import Rule
 from tidegate.server.wiring import share_catalog
 from tidegate.settings_loader import load_settings
 

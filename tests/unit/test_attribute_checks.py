@@ -20,7 +20,7 @@ from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
 from tidegate.observation import Observation
 from tidegate.policy.matching import attribute_subject, subject_of
-from tidegate.policy.model import Subject
+from tidegate.policy.rules import Subject
 from tidegate.policy.toml_reader import parse_policy
 
 KEY = "demo-free-key-0001"

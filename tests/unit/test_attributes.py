@@ -14,7 +14,8 @@ from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.attributes import CallerRules, OnMissing, checked_attributes
 from tidegate.policy.globs import Glob
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import Rule, Subject, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule, Subject
 from tidegate.policy.toml_reader import parse_policy, policy_warnings
 from tidegate.policy.toml_writer import policy_text
 

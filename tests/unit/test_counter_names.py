@@ -13,7 +13,7 @@ from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check, Decision
 from tidegate.gate.gate import Gate
 from tidegate.policy.counter_names import counter_names
-from tidegate.policy.model import Rule
+from tidegate.policy.rules import Rule
 from tidegate.policy.toml_reader import parse_policy
 
 

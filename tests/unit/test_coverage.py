@@ -14,7 +14,8 @@ from tidegate.errors import PolicyError
 from tidegate.policy.coverage import coverage_warnings, covers, unreachable_rules
 from tidegate.policy.globs import endpoint_expression
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import Rule, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 
 PATTERNS = st.lists(st.sampled_from(["/", "a", "b", "*", "/{x}", "/{y}/"]), max_size=6).map(lambda parts: "/" + "".join(parts))
 PATHS = st.text("/ab", max_size=8).map(lambda text: "/" + text)

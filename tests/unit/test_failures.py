@@ -20,7 +20,7 @@ from tidegate.doors.http import DataPlane
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.gate.gate import Gate
 from tidegate.gate.holds import OpenedHold
-from tidegate.policy.model import Rule
+from tidegate.policy.rules import Rule
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.policy.toml_writer import policy_text
 

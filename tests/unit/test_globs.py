@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.cpu_time import assert_cpu_below
 from tidegate.policy.globs import Glob, endpoint_expression, endpoint_matcher
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import Rule, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 
 
 def naive(pattern: str, text: str) -> bool:

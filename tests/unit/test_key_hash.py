@@ -17,9 +17,9 @@ from tidegate.decision import Check
 from tidegate.errors import InvalidApiKey, PolicyError, SettingsError
 from tidegate.gate.callers import CallerLookup
 from tidegate.gate.gate import Gate
-from tidegate.policy.key_format import hash_api_key
+from tidegate.policy.key_format import hash_api_key, parse_key_digest
 from tidegate.policy.key_hash import PLAIN, key_hash_as_set, key_hash_of, peppered, use_key_hash
-from tidegate.policy.model import Policy, parse_key_digest
+from tidegate.policy.model import Policy
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.policy.toml_writer import policy_text
 from tidegate.server.system import HIDDEN, settings_without_secrets

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tidegate.policy.limits import Limit
 from tidegate.policy.matching import CompiledTier, subject_of
-from tidegate.policy.model import Rule, Subject, Tier
+from tidegate.policy.model import Tier
 from tidegate.policy.overrides import Override
+from tidegate.policy.rules import Rule, Subject
 
 
 def tier_of(*rules: Rule, limits: tuple[str, ...] = ()) -> CompiledTier:

@@ -38,7 +38,8 @@ from tidegate.errors import StoreUnavailable, TidegateError
 from tidegate.gate.gate import Gate
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
+from tidegate.policy.rules import Rule
 
 EPOCH_US = 1_700_000_000_000_000
 INSTANCES = 2

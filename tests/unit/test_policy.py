@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import PolicyError
-from tidegate.policy.key_format import BASE62, hash_api_key, is_mistyped, is_possible_key, make_api_key
+from tidegate.policy.key_format import BASE62, hash_api_key, is_mistyped, is_possible_key, make_api_key, parse_key_digest
 from tidegate.policy.limits import MAX_AMOUNT, Algorithm, Limit, LimitSet, fit_limits
-from tidegate.policy.model import Rule, Tier, parse_key_digest
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 
 DAY = 86_400_000_000
 

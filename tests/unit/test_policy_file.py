@@ -15,7 +15,8 @@ from tidegate.errors import PolicyError
 from tidegate.policy.key_format import hash_api_key
 from tidegate.policy.limits import Algorithm, OnFailure
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import KeyStatus, Mode, Subject
+from tidegate.policy.model import KeyStatus
+from tidegate.policy.rules import Mode, Subject
 from tidegate.policy.toml_lines import LineIndex, line_of_deep_key
 from tidegate.policy.toml_reader import load_policy, parse_policy, policy_warnings
 from tidegate.policy.toml_writer import policy_text

@@ -16,8 +16,9 @@ from tidegate.gate.gate import Gate
 from tidegate.gate.subjects import DescriptorCheck
 from tidegate.policy import subject_overrides
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import Policy, Rule, Tier
+from tidegate.policy.model import Policy, Tier
 from tidegate.policy.overrides import SubjectOverride
+from tidegate.policy.rules import Rule
 from tidegate.policy.subject_overrides import override_id, subject_override
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.policy.toml_writer import policy_text

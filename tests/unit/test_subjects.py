@@ -27,7 +27,8 @@ from tidegate.ip_addresses import client_of
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.matching import CompiledTier, subject_of
-from tidegate.policy.model import Rule, Subject, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule, Subject
 from tidegate.policy.toml_reader import parse_policy
 
 LONG = "x" * (LONGEST_SUBJECT + 1)

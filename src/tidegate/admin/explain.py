@@ -18,8 +18,8 @@ from tidegate.gate.explain import Candidate, CounterNow, Explanation, access_of,
 from tidegate.gate.gate import Gate
 from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.limits import Algorithm
-from tidegate.policy.model import Mode
 from tidegate.policy.quotas import QuotaLimit
+from tidegate.policy.rules import Mode
 from tidegate.timestamps import US_PER_S, format_timestamp
 
 _REFUSALS = {"revoked": ApiKeyRevoked.code, "expired": ApiKeyExpired.code}

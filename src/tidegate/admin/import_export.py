@@ -28,8 +28,9 @@ from tidegate.catalog.sql.override_rows import by_key, read_all_overrides, write
 from tidegate.catalog.sql.tables import api_keys, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.customers import Customer
-from tidegate.policy.model import ApiKey, Policy, Subject, Tier
+from tidegate.policy.model import ApiKey, Policy, Tier
 from tidegate.policy.overrides import active_overrides
+from tidegate.policy.rules import Subject
 from tidegate.policy.subject_overrides import OverrideFit
 from tidegate.timestamps import now_us
 

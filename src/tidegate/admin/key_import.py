@@ -24,8 +24,9 @@ from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.bulk import batches, insert_rows
 from tidegate.catalog.sql.tables import api_keys, customers, tiers
 from tidegate.errors import BadRequest, PolicyError
+from tidegate.policy.key_format import parse_key_digest
 from tidegate.policy.labels import require_label
-from tidegate.policy.model import ApiKey, parse_key_digest
+from tidegate.policy.model import ApiKey
 from tidegate.timestamps import now_us, parse_timestamp
 
 MAX_KEYS: Final = 1000

@@ -14,7 +14,8 @@ from tidegate.decision import Decision
 from tidegate.gate.gate import Gate
 from tidegate.gate.usage import MAX_USAGE_RULES, own_limits, peek
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.model import KeyStatus, Subject
+from tidegate.policy.model import KeyStatus
+from tidegate.policy.rules import Subject
 from tidegate.timestamps import now_us
 from tidegate.violations.queries import DAY_US, ViolationFilter, top_violators
 

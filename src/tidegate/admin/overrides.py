@@ -13,9 +13,9 @@ from tidegate.catalog.sql import rows as policy_rows
 from tidegate.catalog.sql.tables import rate_limit_rules
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.limits import Algorithm, Limit, fit_limits
-from tidegate.policy.model import Subject
 from tidegate.policy.overrides import Override, active_overrides
 from tidegate.policy.quotas import fit_quotas
+from tidegate.policy.rules import Subject
 from tidegate.timestamps import now_us, parse_timestamp
 
 

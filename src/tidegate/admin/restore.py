@@ -29,9 +29,10 @@ from tidegate.gate.quotas import own_quotas
 from tidegate.ledger.buffer import DAY_US
 from tidegate.policy.limits import MAX_WINDOW_US, Algorithm, Limit, LimitSet, QuotaAlgorithm
 from tidegate.policy.matching import CompiledTier
-from tidegate.policy.model import KeyStatus, Subject
+from tidegate.policy.model import KeyStatus
 from tidegate.policy.quotas import QuotaLimit
 from tidegate.policy.rule_index import CompiledRule
+from tidegate.policy.rules import Subject
 from tidegate.timestamps import US_PER_S
 
 _KEYS: Final = 200

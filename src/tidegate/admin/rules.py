@@ -35,7 +35,8 @@ from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.tables import api_keys, customers, policy_state, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
 from tidegate.policy.coverage import coverage_warnings
-from tidegate.policy.model import Rule, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 
 FAILURE_FIELDS: Final = ("count", "statuses", "clear_on_success", "penalty")
 RULE_FIELDS: Final = {

@@ -18,7 +18,8 @@ from tidegate.catalog.sql.bulk import insert_rows
 from tidegate.catalog.sql.change_log import WriteTransaction
 from tidegate.catalog.sql.tables import audit_log, rate_limit_rules, tiers
 from tidegate.errors import CatalogError
-from tidegate.policy.model import Rule, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 from tidegate.timestamps import now_us
 
 MAX_RULES: Final = 10_000

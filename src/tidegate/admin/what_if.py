@@ -24,7 +24,8 @@ from tidegate.admin.rules import RULE_FIELDS, CatalogEditor
 from tidegate.admin.what_if_history import estimate
 from tidegate.admin.what_if_runs import CANCELLED, DONE, FAILED, WhatIfRead, end_run, note_progress, read_run, start_run
 from tidegate.errors import BadRequest, CatalogError, TidegateError
-from tidegate.policy.model import Policy, Rule, Tier
+from tidegate.policy.model import Policy, Tier
+from tidegate.policy.rules import Rule
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.policy.toml_writer import policy_text
 

@@ -16,7 +16,7 @@ from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.tables import traffic_callers
 from tidegate.errors import BadRequest
 from tidegate.policy.limits import Limit
-from tidegate.policy.model import Mode, Rule
+from tidegate.policy.rules import Mode, Rule
 from tidegate.time_slice import TimeSlice
 from tidegate.timestamps import US_PER_S, now_us
 

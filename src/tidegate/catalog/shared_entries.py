@@ -20,9 +20,10 @@ from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.customers import Customer
 from tidegate.policy.failures import FailureCount
 from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, fit_limits
-from tidegate.policy.model import ApiKey, Rule, Tier
+from tidegate.policy.model import ApiKey, Tier
 from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Overage, Quota, fit_quotas, require_quotas
+from tidegate.policy.rules import Rule
 
 _TAG_BYTES: Final = 32
 _KEY_ID: Final = re.compile(r"[0-9a-f]{24}", re.ASCII)

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 
 from tidegate.admin.key_import import KeyImport
 from tidegate.errors import PolicyError, TidegateError
-from tidegate.policy.key_format import hash_api_key, is_possible_key, why_impossible
+from tidegate.policy.key_format import hash_api_key, is_possible_key, require_digest, why_impossible
 from tidegate.policy.key_hash import key_hash_in_use
-from tidegate.policy.model import require_digest
 
 DIGESTS: Final = ("sha256", "hmac_sha256")
 COLUMNS: Final = ("key", *DIGESTS, "tier", "customer", "name", "expires_at")

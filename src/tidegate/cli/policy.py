@@ -10,7 +10,8 @@ import typer
 
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
 from tidegate.errors import PolicyError
-from tidegate.policy.model import Rule, Tier
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Rule
 from tidegate.policy.toml_reader import load_policy, policy_warnings
 from tidegate.tools.charts import clean
 from tidegate.tools.terminal import say

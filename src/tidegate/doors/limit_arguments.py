@@ -14,7 +14,8 @@ import msgspec
 
 from tidegate.decision import MAX_COST
 from tidegate.errors import PolicyError, SettingsError, clip
-from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet, OnFailure, fit_limits, short, split_limits
+from tidegate.policy.fields import short
+from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet, OnFailure, fit_limits, split_limits
 
 _REQUEST_NAMES: Final = frozenset(("request", "websocket", "connection", "req"))
 _REQUEST_TYPES: Final = frozenset(("Request", "WebSocket", "HTTPConnection", "HttpRequest", "ASGIRequest", "WSGIRequest"))

@@ -34,7 +34,8 @@ from tidegate.doors.limiter import fit_subject
 from tidegate.doors.python_requests import DjangoRequest, RequestView, client_ip, stricter
 from tidegate.doors.stores import SWITCHES, SharedStore, shared_store
 from tidegate.errors import BadRequest, PolicyError, SettingsError, clip
-from tidegate.policy.limits import Algorithm, LimitSet, OnFailure, member_of
+from tidegate.policy.fields import member_of
+from tidegate.policy.limits import Algorithm, LimitSet, OnFailure
 
 Steps = Generator[Any, Any, Any]
 """Yields (limits, subject, cost) to be decided, a step of a hold, or something to be awaited; receives the result."""

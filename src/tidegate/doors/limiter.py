@@ -27,7 +27,8 @@ from tidegate.gate.holds import checked_ttl_s, fitting_cost
 from tidegate.gate.request_limits import counter_subject
 from tidegate.policy.attributes import checked_attributes
 from tidegate.policy.descriptors import entries_text
-from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
+from tidegate.policy.fields import member_of
+from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
 from tidegate.policy.toml_reader import load_policy
 from tidegate.retry_pause import checked_wait_s

@@ -7,7 +7,7 @@ from tidegate.catalog.cached import CachedCatalog
 from tidegate.errors import BadRequest, clip
 from tidegate.gate.usage import Counter
 from tidegate.policy.limits import LimitSet
-from tidegate.policy.model import Subject
+from tidegate.policy.rules import Subject
 from tidegate.timestamps import now_us
 
 

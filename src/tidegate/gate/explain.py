@@ -23,8 +23,8 @@ from tidegate.policy.access_entries import AccessAction
 from tidegate.policy.globs import Glob, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule
-from tidegate.policy.model import Mode
 from tidegate.policy.quotas import QuotaLimit
+from tidegate.policy.rules import Mode
 from tidegate.time_slice import TimeSlice
 
 MAX_CANDIDATES: Final = 200

@@ -14,7 +14,7 @@ from tidegate.observation import Observation
 from tidegate.policy.attributes import MAX_VALUE, long_value
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, subject_of
-from tidegate.policy.model import Mode, Subject
+from tidegate.policy.rules import Mode, Subject
 
 
 def exempt_plan(check: Check | DescriptorCheck, caller: Caller) -> CheckPlan:

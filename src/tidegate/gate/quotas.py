@@ -10,7 +10,7 @@ from tidegate.gate.subjects import attributes_subject, ip_needed
 from tidegate.gate.usage import own_limits
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, subject_of
-from tidegate.policy.model import Subject
+from tidegate.policy.rules import Subject
 
 
 def counters_with_quotas(check: Check, caller: Caller, rule: CompiledRule | None, ip: str | None) -> Counters:

@@ -19,7 +19,8 @@ from tidegate.decision import MAX_COST, Decision
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, TidegateError, clip
 from tidegate.gate.access import AccessControl
 from tidegate.observation import Observation
-from tidegate.policy.limits import Algorithm, Limit, LimitSet, member_of
+from tidegate.policy.fields import member_of
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace, limit_set, require_name
 
 MAX_COMPILED: Final = 10_000

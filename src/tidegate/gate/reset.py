@@ -12,8 +12,8 @@ from tidegate.policy.attributes import OnMissing, parse_subject
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier
-from tidegate.policy.model import Subject
 from tidegate.policy.periods import DEFAULT_ANCHOR
+from tidegate.policy.rules import Subject
 
 
 async def counters_by_attributes(catalog: CachedCatalog, subject: str) -> list[Counter]:

@@ -11,7 +11,7 @@ from tidegate.gate.charging import CheckPlan
 from tidegate.observation import ShadowDenial
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule
-from tidegate.policy.model import Subject
+from tidegate.policy.rules import Subject
 
 
 def shadow_counters(

@@ -11,7 +11,7 @@ from tidegate.decision import Check
 from tidegate.errors import BadRequest, clip
 from tidegate.policy.attributes import OnMissing
 from tidegate.policy.matching import CompiledRule, DescriptorRule, attribute_subject, subject_of
-from tidegate.policy.model import Subject
+from tidegate.policy.rules import Subject
 
 
 class DescriptorCheck(msgspec.Struct, frozen=True, gc=False):

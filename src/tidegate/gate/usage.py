@@ -19,7 +19,7 @@ from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.match_index import entries_hold
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, counted_by, subject_of
-from tidegate.policy.model import Mode, Subject, subject_text
+from tidegate.policy.rules import Mode, Subject, subject_text
 
 MAX_USAGE_RULES: Final = 1000
 """Maximum number of rules in one answer: as many as a batch has checks."""

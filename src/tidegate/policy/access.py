@@ -16,7 +16,7 @@ from typing import Final
 from tidegate.errors import PolicyError
 from tidegate.policy.access_entries import AccessAction, AccessEntry
 from tidegate.policy.attributes import MAX_ATTRIBUTES, MAX_VALUE, match_of
-from tidegate.policy.limits import member_of, short
+from tidegate.policy.fields import member_of, short
 from tidegate.policy.match_index import MatchIndex
 from tidegate.policy.networks import NEVER, Network, NetworkTable, parse_network
 

@@ -19,8 +19,8 @@ import msgspec
 from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.descriptors import unescaped
+from tidegate.policy.fields import short
 from tidegate.policy.jwt_policy import JwtPolicy
-from tidegate.policy.limits import short
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.notify import NotifyTarget
 

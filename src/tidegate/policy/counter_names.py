@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tidegate.policy.model import Mode, Rule
+from tidegate.policy.rules import Mode, Rule
 
 
 def counter_names(rules: Iterable[Rule]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Final
 
 from tidegate.policy.globs import endpoint_matcher
 from tidegate.policy.matching import counted_methods, rule_rank
-from tidegate.policy.model import Mode, Rule
+from tidegate.policy.rules import Mode, Rule
 
 MAX_WIDER: Final = 64
 """Each rule is compared with at most this many preferred patterns of its tier, so the cost is linear in the number of rules."""

@@ -13,8 +13,8 @@ import msgspec
 
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import MAX_VALUE, require_attribute_name
+from tidegate.policy.fields import short
 from tidegate.policy.labels import label_fault
-from tidegate.policy.limits import short
 from tidegate.policy.overrides import Override
 from tidegate.policy.periods import DEFAULT_ANCHOR, PeriodAnchor
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import short
+from tidegate.policy.fields import short
 
 PREFIX: Final = "descriptor:"
 MAX_ENTRIES: Final = 16

@@ -9,7 +9,8 @@ from typing import Final, Self
 import msgspec
 
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import duration_s, duration_text, short
+from tidegate.policy.durations import duration_s, duration_text
+from tidegate.policy.fields import short
 
 DEFAULT_STATUSES: Final = (401, 403)
 MAX_STATUSES: Final = 32

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import short
+from tidegate.policy.fields import short
 
 ALGORITHMS: Final = (
     "RS256",

@@ -1,4 +1,7 @@
-"""The form of API keys: made, distinguished from mistyped ones, hashed. Never stored."""
+"""The form of API keys: made, distinguished from mistyped ones, hashed; and the digests that policies have of them.
+
+A key itself is never stored.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import secrets
 import zlib
 from typing import Final
 
-from tidegate.policy.key_hash import key_hash_in_use
+from tidegate.errors import PolicyError
+from tidegate.policy.fields import short
+from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
 
 MAX_KEY: Final = 512
 """Maximum characters of an API key."""
@@ -17,6 +22,9 @@ FORM: Final = re.compile(rf"[!-~]{{1,{MAX_KEY}}}", re.ASCII)
 """Any API key, also one that another service generated: visible ASCII, so that it can be a header value."""
 BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 KEY_PREFIX: Final = "tg_"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_EMPTY: Final = (b"", b"\n")
+"""What a shell hashes if the variable for the key was empty."""
 _MADE_KEY: Final = re.compile(r"tg_[0-9A-Za-z]{38}", re.ASCII)
 
 
@@ -73,6 +81,63 @@ def hash_api_key(api_key: str) -> str:
         64 lower-case hex digits.
     """
     return key_hash_in_use().start(api_key.encode()).hexdigest()
+
+
+def parse_key_digest(api_key: object = None, sha256: object = None, hmac_sha256: object = None) -> str:
+    """The digest of a policy's key, given as itself or as its digest.
+
+    Args:
+        api_key: the key, or None.
+        sha256: its digest in hex, or None.
+        hmac_sha256: its digest in hex under the pepper, or None; exactly one of the three.
+
+    Returns:
+        64 lower-case hex digits.
+
+    Raises:
+        PolicyError: saying what is wrong, without repeating the key.
+    """
+    if sum(given is not None for given in (api_key, sha256, hmac_sha256)) != 1:
+        raise PolicyError("an API key needs exactly one of 'key', 'sha256' and 'hmac_sha256'")
+    if api_key is None:
+        digest = require_digest(
+            "sha256" if hmac_sha256 is None else "hmac_sha256", sha256 if hmac_sha256 is None else hmac_sha256
+        )
+        used = key_hash_as_set()
+        if used is not None and (hmac_sha256 is None) == (used.kind == HMAC_SHA256):
+            raise PolicyError(
+                f"keys.hash is {used.kind!r}: a digest of another kind matches no API key; give {used.field}, or the key itself"
+            )
+        return digest
+    if not isinstance(api_key, str) or len(api_key) < MIN_WRITTEN_KEY or not FORM.fullmatch(api_key):
+        raise PolicyError(f"a 'key' must have {MIN_WRITTEN_KEY} to {MAX_KEY} visible ASCII characters and no spaces")
+    if is_mistyped(api_key):
+        raise PolicyError(
+            f"the key that begins {api_key[:6]!r} has Tidegate's prefix but wrong check characters: "
+            "it is mistyped; make one with 'tidegate keys create' or use another prefix"
+        )
+    return hash_api_key(api_key)
+
+
+def require_digest(field: str, value: object) -> str:
+    """A digest of an API key, whether or not keys are hashed like that.
+
+    Args:
+        field: sha256 or hmac_sha256.
+
+    Returns:
+        64 lower-case hex digits.
+
+    Raises:
+        PolicyError: saying what is wrong.
+    """
+    used = PLAIN if field == PLAIN.field else key_hash_in_use()
+    command = "printf %s KEY | sha256sum" if field == PLAIN.field else "printf %s KEY | openssl dgst -sha256 -hmac PEPPER"
+    if not isinstance(value, str) or not _SHA256.fullmatch(value.lower()):
+        raise PolicyError(f"{field} {short(value)} must be 64 hex digits: {command}")
+    if value.lower() in [used.start(text).hexdigest() for text in _EMPTY]:
+        raise PolicyError(f"{field} is the digest of no text at all, so no API key matches it: {command}")
+    return value.lower()
 
 
 def _check_characters(body: str) -> str:

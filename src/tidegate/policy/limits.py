@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.durations import UNITS_US, window_text
+from tidegate.policy.fields import short
 from tidegate.timestamps import US_PER_S
 
 if TYPE_CHECKING:
@@ -27,27 +29,12 @@ YEAR_US: Final = 366 * 86_400 * US_PER_S
 MAX_EXACT: Final = 2**53
 """Doubles hold integers exactly up to here; Lua counts in doubles, so no state may need more."""
 
-_UNITS_US: Final[Mapping[str, int]] = {
-    unit: seconds * US_PER_S
-    for seconds, units in (
-        (1, ("s", "sec", "second", "seconds")),
-        (60, ("m", "min", "minute", "minutes")),
-        (3_600, ("h", "hour", "hours")),
-        (86_400, ("d", "day", "days")),
-        (604_800, ("w", "week", "weeks")),
-    )
-    for unit in units
-}
 _CALENDAR: Final = {"month": "month", "months": "month", "year": "year", "years": "year", "y": "year"}
 _LIMIT: Final = re.compile(
     r"\s*([0-9_]+)(?:\s*/\s*|\s+per\s+)([0-9]*)\s*([A-Za-z]+)(?:\s+burst\s+([0-9_]+))?\s*", re.ASCII | re.IGNORECASE
 )
 
-_DURATION: Final = re.compile(r"\s*([0-9]{1,9})\s*([A-Za-z]+)\s*", re.ASCII)
 _CONCURRENT: Final = re.compile(r"\s*([0-9_]+)\s+concurrent\s*", re.ASCII | re.IGNORECASE)
-
-
-_E = TypeVar("_E", bound=enum.StrEnum)
 
 
 class Algorithm(enum.StrEnum):
@@ -168,12 +155,12 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
                 )
             month = calendar == "month"
             return cls(amount, MONTH_US if month else YEAR_US, month, burst, calendar_year=not month)
-        if unit.lower() not in _UNITS_US:
+        if unit.lower() not in UNITS_US:
             raise PolicyError(
                 f"limit {text!r} has the unknown unit {unit!r}: use second, minute, hour, day, week, month or year "
                 "(or s, m, h, d, w, y)"
             )
-        window_us = count * _UNITS_US[unit.lower()]
+        window_us = count * UNITS_US[unit.lower()]
         if not US_PER_S <= window_us <= MAX_WINDOW_US:
             raise PolicyError(f"limit {text!r}: the window must be between 1 second and 366 days")
         return cls(amount, window_us, False, burst)
@@ -200,7 +187,7 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
         """The limit in the form that `parse` reads, shortest unit form first."""
         if self.concurrent:
             return f"{self.amount} concurrent"
-        unit = self.window_name if self.is_calendar else _window_text(self.window_us // US_PER_S)
+        unit = self.window_name if self.is_calendar else window_text(self.window_us // US_PER_S)
         return f"{self.amount}/{unit}" + ("" if self.burst is None else f" burst {self.burst}")
 
     def __str__(self) -> str:
@@ -402,58 +389,3 @@ def _whole(text: str, what: str, limit: str) -> int:
         remedy = "; to deny everything, use action = 'deny' on a rule, or a block" if is_zero(limit) else ""
         raise PolicyError(f"limit {limit!r}: the {what} must be a whole number from 1 to {MAX_AMOUNT}{remedy}")
     return value
-
-
-def duration_s(text: object) -> int | None:
-    """The seconds of a duration such as `90s` or `5m`; None for what is not one."""
-    match = _DURATION.fullmatch(text) if isinstance(text, str) and len(text) <= 20 else None
-    unit = None if match is None else _UNITS_US.get(match[2].lower())
-    return None if match is None or unit is None else int(match[1]) * unit // US_PER_S
-
-
-def duration_text(seconds: int) -> str:
-    """The shortest text of a duration that `duration_s` reads."""
-    text = _window_text(seconds)
-    return text if text[0].isdigit() else f"1{text[0]}"
-
-
-def _window_text(seconds: int) -> str:
-    for length, unit, short in ((86_400, "day", "d"), (3_600, "hour", "h"), (60, "minute", "m"), (1, "second", "s")):
-        if seconds == length:
-            return unit
-        if seconds % length == 0:
-            return f"{seconds // length}{short}"
-    raise AssertionError(seconds)
-
-
-def short(value: object) -> str:
-    """The representation of a value from a policy, short enough for a message.
-
-    Args:
-        value: anything.
-
-    Returns:
-        At most 60 characters.
-    """
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def member_of(kind: type[_E], value: object, field: str) -> _E:
-    """The member of an enumeration that a policy names.
-
-    Args:
-        kind: the enumeration.
-        field: for the message.
-
-    Returns:
-        The member.
-
-    Raises:
-        PolicyError: naming the field, the value and the choices.
-    """
-    try:
-        return kind(str(value))
-    except ValueError:
-        choices = ", ".join(member.value for member in kind)
-        raise PolicyError(f"{field} {short(value)} is not known: use one of {choices}") from None

@@ -6,7 +6,7 @@ that name attributes too. Rules for descriptors, which have no path, are found b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -16,10 +16,11 @@ from tidegate.policy.counter_names import counter_names
 from tidegate.policy.descriptors import entries_subject, escaped, subject_of_text
 from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet, quota_text, split_limits
 from tidegate.policy.match_index import MatchIndex
-from tidegate.policy.model import Mode, Rule, Subject, Tier
+from tidegate.policy.model import Tier
 from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
+from tidegate.policy.rules import Mode, Rule, Subject
 from tidegate.policy.subject_overrides import OverriddenLimits, RuleOverrides, index_overrides
 from tidegate.timestamps import US_PER_S
 
@@ -151,6 +152,16 @@ class CompiledTier:
             )
             for order, rule in enumerate(tier.rules)
         ]
+        self._index(compiled)
+        self.attribute_rules = tuple(each for each in compiled if each.subject is Subject.ATTRIBUTES)
+        self.attribute_names = frozenset(
+            name
+            for each in self.rules
+            for name in (*(name for name, _ in each.rule.match), *each.rule.subject_parts)
+            if name not in ("api_key", "ip")
+        )
+
+    def _index(self, compiled: Sequence[CompiledRule]) -> None:
         # What is preferred first: the highest priority, then the most specific pattern.
         self.rules = tuple(sorted((each for each in compiled if not each.rule.descriptor), key=lambda each: each.rank))
         self._described: MatchIndex[DescriptorRule] = MatchIndex()
@@ -165,13 +176,6 @@ class CompiledTier:
         self._enforced_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is not Mode.SHADOW)
         self._watched_by_attributes = AttributeRuleIndex.of(each for each in matching if each.rule.mode is Mode.SHADOW)
         self.has_shadow_rules = bool(self._watched) or self._watched_by_attributes is not None
-        self.attribute_rules = tuple(each for each in compiled if each.subject is Subject.ATTRIBUTES)
-        self.attribute_names = frozenset(
-            name
-            for each in self.rules
-            for name in (*(name for name, _ in each.rule.match), *each.rule.subject_parts)
-            if name not in ("api_key", "ip")
-        )
 
     def match(self, method: str, path: str, attributes: Mapping[str, str] = NO_ATTRIBUTES) -> CompiledRule | None:
         """The one rule that answers.

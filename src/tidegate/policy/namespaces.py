@@ -12,8 +12,9 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import PolicyError
+from tidegate.policy.fields import member_of, short
 from tidegate.policy.globs import Glob
-from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, fit_limits, member_of, short
+from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, fit_limits
 
 MAX_SUBJECT: Final = 256
 MAX_OVERRIDES: Final = 10_000

@@ -13,7 +13,7 @@ import ipaddress
 from typing import Final, TypeAlias
 
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import short
+from tidegate.policy.fields import short
 from tidegate.timestamps import now_us
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import Algorithm, Limit, LimitSet, member_of, short
+from tidegate.policy.fields import member_of, short
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
 
 MAX_TARGETS: Final = 32
 """Most tables `[[notify]]` of one policy: each event is compared with all of them."""

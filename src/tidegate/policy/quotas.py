@@ -12,7 +12,8 @@ from typing import Final
 import msgspec
 
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import MAX_EXACT, Limit, LimitSet, OnFailure, QuotaAlgorithm, short
+from tidegate.policy.fields import short
+from tidegate.policy.limits import MAX_EXACT, Limit, LimitSet, OnFailure, QuotaAlgorithm
 from tidegate.policy.periods import Period, PeriodAnchor
 from tidegate.timestamps import US_PER_S
 

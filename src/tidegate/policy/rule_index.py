@@ -16,9 +16,9 @@ from tidegate.policy.attributes import NO_ATTRIBUTES
 from tidegate.policy.globs import GlobIndex, endpoint_matcher
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.match_index import MatchIndex
-from tidegate.policy.model import Rule
 from tidegate.policy.periods import DEFAULT_ANCHOR, PeriodAnchor
 from tidegate.policy.quotas import CompiledQuotas
+from tidegate.policy.rules import Rule
 from tidegate.policy.subject_overrides import OverriddenLimits
 
 _Rank: TypeAlias = tuple[int, ...]

@@ -13,10 +13,12 @@ from typing import Final
 from tidegate.errors import PolicyError
 from tidegate.policy.attributes import MAX_VALUE
 from tidegate.policy.descriptors import entries_subject, entries_text
-from tidegate.policy.limits import Limit, LimitSet, fit_limits, short
+from tidegate.policy.fields import short
+from tidegate.policy.limits import Limit, LimitSet, fit_limits
 from tidegate.policy.match_index import MatchIndex
-from tidegate.policy.model import Rule, Subject, Tier, subject_text
+from tidegate.policy.model import Tier
 from tidegate.policy.overrides import SubjectOverride
+from tidegate.policy.rules import Rule, Subject, subject_text
 from tidegate.timestamps import now_us
 
 MAX_OVERRIDES: Final = 10_000

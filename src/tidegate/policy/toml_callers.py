@@ -9,8 +9,8 @@ from typing import Any, Final
 from tidegate.policy.access import MAX_ENTRIES, access_entry, require_bounded
 from tidegate.policy.access_entries import AccessEntry
 from tidegate.policy.attributes import AttributeSource, CallerRules, SourceKind, require_attribute_name
+from tidegate.policy.fields import short
 from tidegate.policy.jwt_policy import JwtPolicy
-from tidegate.policy.limits import short
 from tidegate.policy.model import Tier
 from tidegate.policy.namespaces import Namespace, require_name
 from tidegate.policy.toml_lines import Path as KeyPath

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tidegate.policy.customers import Customer, metadata_of, require_distinct
-from tidegate.policy.limits import short
-from tidegate.policy.model import Subject, Tier
+from tidegate.policy.fields import short
+from tidegate.policy.model import Tier
+from tidegate.policy.rules import Subject
 from tidegate.policy.toml_overrides import read_overrides
 from tidegate.policy.toml_tables import TableReader, nearest
 

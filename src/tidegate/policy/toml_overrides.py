@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from tidegate.policy.limits import Algorithm, fit_limits, short
-from tidegate.policy.model import Rule, Subject, Tier, subject_text
+from tidegate.policy.fields import short
+from tidegate.policy.limits import Algorithm, fit_limits
+from tidegate.policy.model import Tier
 from tidegate.policy.overrides import Override, SubjectOverride
+from tidegate.policy.rules import Rule, Subject, subject_text
 from tidegate.policy.subject_overrides import MAX_OVERRIDES as MAX_SUBJECT_OVERRIDES
 from tidegate.policy.subject_overrides import add_override, subject_override
 from tidegate.policy.toml_lines import Path as KeyPath

@@ -17,10 +17,13 @@ from tidegate.errors import PolicyError
 from tidegate.policy.attributes import match_of
 from tidegate.policy.customers import Customer
 from tidegate.policy.descriptors import descriptor_text
+from tidegate.policy.fields import short
+from tidegate.policy.key_format import parse_key_digest
 from tidegate.policy.labels import label_fault
-from tidegate.policy.limits import is_zero, short
-from tidegate.policy.model import ApiKey, KeyStatus, Policy, Rule, Subject, Tier, parse_key_digest
+from tidegate.policy.limits import is_zero
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 from tidegate.policy.overrides import Override
+from tidegate.policy.rules import Rule, Subject
 from tidegate.policy.toml_callers import read_access, read_anonymous, read_attributes, read_callers, read_jwt, read_namespaces
 from tidegate.policy.toml_customers import read_customers
 from tidegate.policy.toml_lines import MAX_KEY_PARTS, LineIndex, line_of_deep_key

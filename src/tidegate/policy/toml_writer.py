@@ -11,9 +11,10 @@ from tidegate.policy.failures import FailureCount
 from tidegate.policy.jwt_policy import DEFAULT_ALGORITHMS, DEFAULT_HEADER, DEFAULT_LEEWAY_S, JwtPolicy
 from tidegate.policy.key_hash import key_hash_in_use
 from tidegate.policy.limits import Algorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Mode, Policy, Rule, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Policy, Tier
 from tidegate.policy.namespaces import Namespace
 from tidegate.policy.overrides import Override, SubjectOverride
+from tidegate.policy.rules import Mode, Rule, Subject
 from tidegate.policy.toml_customers import customer_fields
 from tidegate.policy.toml_notify import notify_lines
 from tidegate.timestamps import format_timestamp

@@ -7,7 +7,8 @@ from typing import Final
 
 from tidegate.policy.coverage import unreachable_rules, unreachable_warning
 from tidegate.policy.limits import Algorithm, Limit
-from tidegate.policy.model import Mode, Policy, Rule, Tier
+from tidegate.policy.model import Policy, Tier
+from tidegate.policy.rules import Mode, Rule
 from tidegate.timestamps import US_PER_S
 
 MAX_RULES_FOR_ALL: Final = 16

@@ -14,10 +14,11 @@ from tidegate.policy.attributes import AttributeSource, CallerPolicy, CallerRule
 from tidegate.policy.failures import FailureCount
 from tidegate.policy.jwt_policy import JwtPolicy
 from tidegate.policy.limits import Algorithm, AnyAlgorithm, FailureAlgorithm, Limit, OnFailure
-from tidegate.policy.model import ApiKey, KeyStatus, Mode, Rule, Subject, Tier
+from tidegate.policy.model import ApiKey, KeyStatus, Tier
 from tidegate.policy.notify import target_of
 from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import Overage, Quota
+from tidegate.policy.rules import Mode, Rule, Subject
 
 RULE_COLUMNS: Final = (
     "endpoint_pattern",

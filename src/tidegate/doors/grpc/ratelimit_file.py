@@ -17,7 +17,8 @@ import yaml
 from tidegate.doors.grpc.descriptor_tree import MAX_SIMILAR_WILDCARDS, FileLimit, Node
 from tidegate.doors.grpc.units import window_limit
 from tidegate.errors import PolicyError
-from tidegate.policy.limits import MAX_AMOUNT, short
+from tidegate.policy.fields import short
+from tidegate.policy.limits import MAX_AMOUNT
 
 MAX_FILE_BYTES: Final = 10_000_000
 MAX_DESCRIPTORS: Final = 100_000

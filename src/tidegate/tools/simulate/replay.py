@@ -16,8 +16,9 @@ from tidegate.ip_addresses import client_of
 from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
-from tidegate.policy.model import Policy, Subject
+from tidegate.policy.model import Policy
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
+from tidegate.policy.rules import Subject
 from tidegate.tools.simulate.callers import PolicyCallers, is_refused
 from tidegate.tools.simulate.log_formats import Request
 from tidegate.tools.simulate.tallies import MAX_TOP, MINUTE_US, RuleTally, Series
