@@ -186,8 +186,8 @@ async def test_each_task_of_one_machine_comes_back(tmp_path: Path, policy_file: 
         await killed_once(instance, ON_ONE_MACHINE)
         await follows_the_file(instance, policy_file)
         (tmp_path / "envoy.yaml").write_text(ENVOY.replace("domain: d", "domain: other"))
-        assert instance._grpc is not None
-        await until(lambda: "other" in instance._grpc._service.domains)  # type: ignore[operator, union-attr]
+        assert instance.listeners.grpc is not None
+        await until(lambda: "other" in instance.listeners.grpc._service.domains)  # type: ignore[operator, union-attr]
         await answers_grpc(instance)
     assert supervised() == {}
 

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import socket
 from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 from tidegate.errors import SettingsError
 from tidegate.listen_address import is_unix, parse_address
@@ -15,8 +16,36 @@ from tidegate.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+Address: TypeAlias = tuple[str, int]
+"""Host and port; the port of a unix socket is 0."""
 
-def free_address(text: str, name: str) -> tuple[str, int]:
+
+class Addresses(NamedTuple):
+    """Where an instance listens; None for a listener that is disabled."""
+
+    http: Address
+    admin: Address | None
+    grpc: Address | None
+    probes: Address | None
+
+    @classmethod
+    def of(cls, settings: Settings, find: Callable[[str, str], Address]) -> Addresses:
+        """The addresses of the settings.
+
+        Args:
+            find: returns host and port for a setting's text and name.
+
+        Raises:
+            SettingsError: if an address is not free, or two listeners have the same one.
+        """
+        http = find(settings.server.http, "server.http")
+        admin = admin_address(settings, http, find)
+        grpc = grpc_address(settings, http, admin, find)
+        others = {"server.http": http, "server.admin": admin, "server.grpc": grpc}
+        return cls(http, admin, grpc, probes_address(settings, others, find))
+
+
+def free_address(text: str, name: str) -> Address:
     """Check that an address is free to listen on.
 
     The server itself shares ports (SO_REUSEPORT): a second instance on a used port would start, and receive half of the
@@ -54,9 +83,7 @@ def free_address(text: str, name: str) -> tuple[str, int]:
         raise SettingsError(f"{name} = {text!r}: cannot listen on it: {error.strerror or error}") from None
 
 
-def admin_address(
-    settings: Settings, http: tuple[str, int], find: Callable[[str, str], tuple[str, int]] = free_address
-) -> tuple[str, int] | None:
+def admin_address(settings: Settings, http: Address, find: Callable[[str, str], Address] = free_address) -> Address | None:
     """The address of the control plane.
 
     Args:
@@ -74,10 +101,10 @@ def admin_address(
 
 def grpc_address(
     settings: Settings,
-    http: tuple[str, int],
-    admin: tuple[str, int] | None,
-    find: Callable[[str, str], tuple[str, int]] = free_address,
-) -> tuple[str, int] | None:
+    http: Address,
+    admin: Address | None,
+    find: Callable[[str, str], Address] = free_address,
+) -> Address | None:
     """The address of the gRPC listener.
 
     Args:
@@ -107,9 +134,9 @@ def grpc_address(
 
 def probes_address(
     settings: Settings,
-    others: Mapping[str, tuple[str, int] | None],
-    find: Callable[[str, str], tuple[str, int]] = free_address,
-) -> tuple[str, int] | None:
+    others: Mapping[str, Address | None],
+    find: Callable[[str, str], Address] = free_address,
+) -> Address | None:
     """The address of the listener for probes and metrics.
 
     Args:
@@ -138,8 +165,8 @@ def _is_installed(name: str) -> bool:
 
 
 def _side_address(
-    text: str, key: str, what: str, taken: Mapping[str, tuple[str, int] | None], find: Callable[[str, str], tuple[str, int]]
-) -> tuple[str, int] | None:
+    text: str, key: str, what: str, taken: Mapping[str, Address | None], find: Callable[[str, str], Address]
+) -> Address | None:
     if not text:
         return None
     name = f"server.{key}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 from tidegate.doors.http import Response
 from tidegate.doors.openapi import data_plane_openapi
@@ -11,6 +11,8 @@ from tidegate.doors.responses import encode
 from tidegate.settings import CallersAuthSettings
 from tidegate.telemetry.health import Health
 
+Pages: TypeAlias = Mapping[str, Callable[[], Awaitable[Response]]]
+"""What answers each path."""
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -19,7 +21,7 @@ def probe_pages(
     draining: Callable[[], bool],
     exposition: Callable[[], Awaitable[bytes]],
     callers: CallersAuthSettings,
-) -> Mapping[str, Callable[[], Awaitable[Response]]]:
+) -> Pages:
     """The pages beside the checks.
 
     Args:
