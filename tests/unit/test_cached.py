@@ -14,11 +14,13 @@ import pytest
 
 from tests.cases.doors import FREE, POLICY
 from tests.moments import until
-from tidegate.catalog import cached as cached_module
+from tidegate.catalog import loader as loader_module
 from tidegate.catalog.cache_level import SECOND_CHANCES
-from tidegate.catalog.cached import MAX_UNKNOWN, PATIENCE_S, RELOADS, RETRY_S, UNKNOWN_TTL_S, CachedCatalog
+from tidegate.catalog.cached import MAX_UNKNOWN, UNKNOWN_TTL_S, CachedCatalog
 from tidegate.catalog.changes import ALL, ANONYMOUS, KEY, TIER, Changes
 from tidegate.catalog.in_memory import PolicyCatalog
+from tidegate.catalog.loader import PATIENCE_S, RETRY_S
+from tidegate.catalog.tier_cache import RELOADS
 from tidegate.errors import CatalogUnavailable
 from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.key_format import hash_api_key, make_api_key
@@ -295,7 +297,7 @@ async def test_a_hanging_catalog_blocks_no_check_with_a_stale_entry(
     assert {caller.api_key.name for caller in asked if caller is not None and caller.api_key is not None} == {""}
     assert loop.time() - before >= PATIENCE_S * 0.9
     # For a second nobody waits: whoever does would do so for an hour from now on.
-    monkeypatch.setattr(cached_module, "PATIENCE_S", 3600)
+    monkeypatch.setattr(loader_module, "PATIENCE_S", 3600)
     async with asyncio.timeout(60):
         for _ in range(1000):
             await cached.caller(FREE_KEY)

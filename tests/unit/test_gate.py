@@ -10,7 +10,7 @@ import pytest
 
 from tests.cases.doors import EXPIRED, FREE, OWN, POLICY, REVOKED
 from tests.conftest import Clock
-from tidegate.catalog import cached as cached_catalog
+from tidegate.catalog import loader as loader_module
 from tidegate.catalog.cached import MAX_UNKNOWN, CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge
@@ -254,7 +254,7 @@ async def test_a_store_that_fails_fails_the_checks_that_need_it() -> None:
 
 
 async def test_a_policy_active_keeps_what_was_consumed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_catalog, "PATIENCE_S", 60.0)  # on a busy machine the old policy would rightly stand in
+    monkeypatch.setattr(loader_module, "PATIENCE_S", 60.0)  # on a busy machine the old policy would rightly stand in
     catalog = PolicyCatalog(parse_policy(POLICY))
     cached = CachedCatalog(catalog)
     gate = Gate(cached, MemoryCounters(clock=clock))

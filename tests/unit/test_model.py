@@ -28,8 +28,9 @@ from tests.model.faults import KEY, LATE_S, TIER, TIMEOUT_S, Fault, FaultyCatalo
 from tests.model.truth import Admitted, Truth, held_by
 from tests.model.virtual_time import VirtualLoop
 from tidegate.breaker import BreakerOptions
-from tidegate.catalog.cached import RETRY_S, CachedCatalog
+from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.follower import CatalogFollower
+from tidegate.catalog.loader import RETRY_S
 from tidegate.counters import Charge, ChargeOutcome, degraded, guarded
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.guarded import GuardedCounters

@@ -13,8 +13,6 @@ the database is. Changed tiers are reloaded at once in the background, so that c
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
 import time
 from collections import OrderedDict
@@ -24,11 +22,13 @@ from typing import Final
 from tidegate.catalog import Catalog
 from tidegate.catalog.access_lists import AccessLists
 from tidegate.catalog.blocks import Blocks
-from tidegate.catalog.cache_level import CachedTier, CacheLevel, Caller, TierNames, UnkeyedCallers, V
+from tidegate.catalog.cache_level import CacheLevel, Caller, UnkeyedCallers, V
 from tidegate.catalog.caller_tokens import CallerTokens
 from tidegate.catalog.changes import ALL, ANONYMOUS, CUSTOMER, CUSTOMER_VALUE, KEY, TIER, Changes, Item
 from tidegate.catalog.customer_cache import CustomerCache
 from tidegate.catalog.freshness import FreshnessTracker
+from tidegate.catalog.loader import CacheLoader
+from tidegate.catalog.tier_cache import TierCache
 from tidegate.catalog.unknown_keys import UnknownKeyLimit
 from tidegate.errors import CatalogUnavailable, TooManyUnknownKeys
 from tidegate.jitter import JITTER
@@ -36,18 +36,8 @@ from tidegate.policy.attributes import CallerPolicy
 from tidegate.policy.matching import CompiledTier
 from tidegate.policy.namespaces import CompiledNamespace
 
-logger = logging.getLogger(__name__)
-
 MAX_UNKNOWN: Final = 10_000
 UNKNOWN_TTL_S: Final = 5.0
-PATIENCE_S: Final = 0.05
-"""Maximum wait of a check for the catalog if an expired entry can be served; the query continues in the background."""
-_MAX_ATTEMPTS: Final = 3
-RELOADS: Final = 4
-"""Maximum number of changed tiers reloaded at the same time: checks need database connections too."""
-RETRY_S: Final = 1.0
-"""Pause after a failure of the catalog before expired entries are loaded again, and after a slow answer before checks wait again.
-"""
 
 
 class CachedCatalog:
@@ -83,23 +73,19 @@ class CachedCatalog:
         self.blocks: Blocks | None = None
         self.access = AccessLists()
         self.on_change: Callable[[Sequence[Item]], None] | None = None
-        self.hits = self.misses = self.stale = 0
+        self.hits = 0
         self.active_policy: CallerPolicy | None = None
         self._l1_ttl_s = l1_ttl_s
-        self._stale_if_error_s = stale_if_error_s
         self._clock = clock
         self._callers: CacheLevel[Caller | None] = CacheLevel(KEY, max_keys)
         self._unknown: OrderedDict[str, float] = OrderedDict()
-        self._tiers: CacheLevel[CachedTier | None] = CacheLevel(TIER, 10_000)
+        self.loader = CacheLoader(self, stale_if_error_s)
+        self._tier_cache = TierCache(self)
+        self._tiers = self._tier_cache.tiers
         self._unkeyed: CacheLevel[UnkeyedCallers] = CacheLevel(ANONYMOUS, 1)
-        self._names: CacheLevel[TierNames] = CacheLevel("names", 1)
         self.customers = CustomerCache(self)
         self._generation = 0
-        self._retry_at = self._slow_until = -math.inf
         self._last = FreshnessTracker()
-        self._failing = self._followed = False
-        self._to_reload: OrderedDict[str, None] = OrderedDict()
-        self._reloading: asyncio.Task[None] | None = None
 
     @property
     def version(self) -> int:
@@ -183,7 +169,7 @@ class CachedCatalog:
                 return None
             self._unknown.pop(sha256, None)
         if client is None or self.unknown_keys is None or sha256 in self._callers.flights:
-            return await self.load_through(self._callers, sha256, self._load_caller)
+            return await self.loader.load_through(self._callers, sha256, self._load_caller)
         return await self._load_limited(sha256, client, self.unknown_keys)
 
     async def _load_limited(self, sha256: str, client: str, limit: UnknownKeyLimit) -> Caller | None:
@@ -196,7 +182,7 @@ class CachedCatalog:
                     f"this address has sent too many unknown API keys: try again in {math.ceil(wait_s)} s",
                     retry_after=math.ceil(wait_s),
                 )
-        caller = await self.load_through(self._callers, sha256, self._load_caller)
+        caller = await self.loader.load_through(self._callers, sha256, self._load_caller)
         if caller is None:
             limit.count(client)
         return caller
@@ -240,12 +226,9 @@ class CachedCatalog:
         caller = self.cached_tier_caller(name)
         if caller is not None:
             return caller
-        entry = self._names.entries.get("")
-        fresh = entry is not None and entry[0] > self._clock()
-        known = entry[1] if entry is not None and fresh else await self.load_through(self._names, "", self._load_names)
-        if name not in known.names:
+        if not await self._tier_cache.is_tier(name):
             return None
-        cached = await self._current_tier(name)
+        cached = await self._tier_cache.current(name)
         return None if cached is None else cached.unkeyed
 
     async def _unkeyed_callers(self) -> UnkeyedCallers:
@@ -253,7 +236,7 @@ class CachedCatalog:
         if entry is not None and entry[0] > self._clock() and (entry[1].default is None or entry[1].default.cached_tier.current):
             self.hits += 1
             return entry[1]
-        return await self.load_through(self._unkeyed, "", self._load_unkeyed)
+        return await self.loader.load_through(self._unkeyed, "", self._load_unkeyed)
 
     async def tier(self, name: str) -> CompiledTier | None:
         """A compiled tier; None if it is unknown.
@@ -261,7 +244,7 @@ class CachedCatalog:
         Raises:
             CatalogUnavailable: if the catalog fails and no cached entry can be served.
         """
-        cached = await self._tier(name)
+        cached = await self._tier_cache.find(name)
         return None if cached is None else cached.compiled
 
     async def fresh_tier(self, name: str) -> CompiledTier | None:
@@ -270,11 +253,7 @@ class CachedCatalog:
         Raises:
             CatalogUnavailable: if the catalog fails.
         """
-        entry = self._tiers.entries.get(name)
-        fresh = entry is not None and entry[0] > self._clock()
-        cached = (
-            entry[1] if entry is not None and fresh else await asyncio.shield(self._flight(self._tiers, name, self._load_tier))
-        )
+        cached = await self._tier_cache.fresh(name)
         return None if cached is None else cached.compiled
 
     async def tier_names(self) -> list[str]:
@@ -288,7 +267,17 @@ class CachedCatalog:
     @property
     def failing(self) -> bool:
         """Whether the catalog does not answer."""
-        return self._failing
+        return self.loader.failing
+
+    @property
+    def misses(self) -> int:
+        """Entries that were not fresh when a check needed them."""
+        return self.loader.misses
+
+    @property
+    def stale(self) -> int:
+        """Expired entries that were served because the catalog failed or was slow."""
+        return self.loader.stale
 
     def now(self) -> float:
         """The time on the clock of the entries, s."""
@@ -332,8 +321,8 @@ class CachedCatalog:
 
     def followed(self, *, failing: bool) -> None:
         """Record whether the catalog answers the follower, which queries the database and no cache."""
-        self._followed = True
-        self._failing = failing
+        self.loader.followed = True
+        self.loader.failing = failing
         # Loaded again by the next request that needs them.
         if self.cached_caller_policy() is None:
             self.active_policy = None
@@ -343,13 +332,13 @@ class CachedCatalog:
         """Invalidate everything. Loads in progress are not cached."""
         self._generation += 1
         tiers = list(self._tiers.entries)
-        for level in (self._callers, self._tiers, self._unkeyed, self._names):
+        for level in (self._callers, self._tiers, self._unkeyed, self._tier_cache.names):
             level.mark_all_stale()
         self.customers.invalidate()
         self.active_policy = None
         self.access.forget_policy()
         self._unknown.clear()
-        self._schedule_reload(tiers)
+        self._tier_cache.schedule_reload(tiers)
 
     def _invalidate(self, items: Iterable[Item]) -> None:
         for kind, name in items:
@@ -357,13 +346,14 @@ class CachedCatalog:
                 self._callers.drop(name)
                 self._unknown.pop(name, None)
             elif kind == TIER:
-                self._mark_tier_replaced(name)
+                self._tier_cache.mark_replaced(name)
                 self._tiers.mark_stale(name)
                 # It may be new, or gone. Names that are being read meanwhile may lack it.
-                self._generation += "" in self._names.flights
-                self._names.mark_stale("")
+                names = self._tier_cache.names
+                self._generation += "" in names.flights
+                names.mark_stale("")
                 if name in self._tiers.stale:
-                    self._schedule_reload([name])
+                    self._tier_cache.schedule_reload([name])
             elif kind in (CUSTOMER, CUSTOMER_VALUE):
                 self.customers.changed(kind, name)
             elif kind == ANONYMOUS:
@@ -371,55 +361,11 @@ class CachedCatalog:
                 self.active_policy = None
                 self.access.forget_policy()
 
-    def _mark_tier_replaced(self, tier: str) -> None:
-        entry = self._tiers.entries.get(tier)
-        if entry is not None and entry[1] is not None:
-            entry[1].replace()
-
-    def _schedule_reload(self, tiers: Iterable[str]) -> None:
-        """Reload cached tiers that changed, before a check needs them."""
-        self._to_reload.update(dict.fromkeys(tiers))
-        if self._to_reload and self._reloading is None:
-            self._reloading = asyncio.ensure_future(self._reload())
-
-    async def _reload(self) -> None:
-        try:
-            while self._to_reload:
-                names = [self._to_reload.popitem(last=False)[0] for _ in range(min(RELOADS, len(self._to_reload)))]
-                # A tier whose load fails is loaded by the next check that needs it.
-                await asyncio.wait([self._flight(self._tiers, name, self._load_tier) for name in names])
-        finally:
-            self._reloading = None
-
     def __len__(self) -> int:
         """Number of cached API keys, including unknown ones."""
         return len(self._callers.entries) + len(self._unknown)
 
-    async def load_through(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
-        """An entry that is not fresh: loaded, or an expired one while the catalog fails or is slow."""
-        self.misses += 1
-        now = self._clock()
-        entry = level.entries.get(name) or level.stale.get(name)
-        if entry is None or entry[0] + self._stale_if_error_s <= now:
-            return await asyncio.shield(self._flight(level, name, load))
-        replaced, value = self._stale_value(level, name, entry[1])
-        if now >= self._retry_at:
-            flight = self._flight(level, name, load)
-            try:
-                if replaced and not self._failing:
-                    return await asyncio.shield(flight)
-                if now >= self._slow_until:
-                    # Not asyncio.timeout: it needs a task, and the HTTP server calls this outside of one.
-                    await asyncio.wait((flight,), timeout=PATIENCE_S)
-                    if flight.done():
-                        return flight.result()
-                    self._slow_until = now + RETRY_S
-            except CatalogUnavailable as error:
-                logger.debug("serving an expired entry: %s", error)
-        self.stale += 1
-        return value
-
-    def _stale_value(self, level: CacheLevel[V], name: str, value: V) -> tuple[bool, V]:
+    def stale_value(self, level: CacheLevel[V], name: str, value: V) -> tuple[bool, V]:
         """Whether an entry is known to be replaced, and the value to serve if the catalog returns no newer one."""
         if name not in level.entries:
             return True, value
@@ -439,27 +385,8 @@ class CachedCatalog:
             return False, UnkeyedCallers(value.policy, Caller(None, entry[1]))  # type: ignore[return-value]
         return False, value
 
-    def _flight(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> asyncio.Task[V]:
-        """One load shared by all concurrent waiters; none of them can cancel it for the others."""
-        task = level.flights.get(name)
-        # A task of an event loop that has ended never finishes.
-        if task is None or task.get_loop() is not asyncio.get_running_loop():
-            task = level.flights[name] = asyncio.ensure_future(self._load(level, name, load))
-
-            def finished(done: asyncio.Task[V]) -> None:
-                if level.flights.get(name) is done:
-                    del level.flights[name]
-                # Read here: every waiter may have been cancelled before it failed.
-                if not done.cancelled() and isinstance(done.exception(), CatalogUnavailable):
-                    self._retry_at = self._clock() + RETRY_S
-                    self._failing = True
-                elif not self._followed:
-                    self._failing = False
-
-            task.add_done_callback(finished)
-        return task
-
-    async def _load(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
+    async def load(self, level: CacheLevel[V], name: str, load: Callable[[str], Awaitable[V]]) -> V:
+        """Load an entry and store it, unless it changed meanwhile."""
         generation, min_version = self._generation, self._last.min_version(level.kind, name)
         value = await load(name)
         if generation == self._generation and min_version == self._last.min_version(level.kind, name):
@@ -487,28 +414,6 @@ class CachedCatalog:
             return entry[0]
         return now + self._l1_ttl_s * JITTER.uniform(0.9, 1.1)
 
-    async def _tier(self, name: str) -> CachedTier | None:
-        entry = self._tiers.entries.get(name)
-        if entry is not None and entry[0] > self._clock():
-            if entry[1] is not None:
-                entry[1].recent = True
-            return entry[1]
-        cached = await self.load_through(self._tiers, name, self._load_tier)
-        entry = self._tiers.entries.get(name)
-        if cached is not None and (entry is None or entry[1] is not cached):
-            # It changed during the load: users of it must read the cache again.
-            cached.replace()
-        return cached
-
-    async def _current_tier(self, name: str) -> CachedTier | None:
-        """Like `_tier`, repeated if it changed during the load: others may have joined this load after the change."""
-        cached = await self._tier(name)
-        for _ in range(_MAX_ATTEMPTS):
-            if cached is None or cached.current or self._failing:
-                break
-            cached = await self._tier(name)
-        return cached
-
     async def _load_caller(self, sha256: str) -> Caller | None:
         entry = self._callers.entries.get(sha256)
         if entry is not None and entry[0] > self._clock() and entry[1] is not None:
@@ -520,24 +425,15 @@ class CachedCatalog:
             return None
         customer = await self.customers.current(api_key.customer) if api_key.customer else None
         tier = customer.record.tier if customer is not None and api_key.inherits_tier else api_key.tier
-        cached = await self._current_tier(tier)
+        cached = await self._tier_cache.current(tier)
         if cached is None:
             raise CatalogUnavailable(f"the catalog has the API key {api_key.id} but not its tier {tier!r}: try again")
         return Caller(api_key, cached if customer is None else customer.tier(cached))
 
-    async def _load_tier(self, name: str) -> CachedTier | None:
-        _, tier = await self.catalog.tier(name, self._last.min_version(TIER, name))
-        # Users of the previous entry must read the cache again.
-        self._mark_tier_replaced(name)
-        return None if tier is None else CachedTier(CompiledTier(tier))
-
     async def _load_unkeyed(self, _: str) -> UnkeyedCallers:
         policy = (await self.catalog.caller_policy(self._last.min_version(ANONYMOUS)))[1]
-        cached = None if policy.default_tier is None else await self._current_tier(policy.default_tier)
+        cached = None if policy.default_tier is None else await self._tier_cache.current(policy.default_tier)
         return UnkeyedCallers(policy, None if cached is None else Caller(None, cached))
-
-    async def _load_names(self, _: str) -> TierNames:
-        return TierNames(frozenset(await self.catalog.tier_names()))
 
 
 def _is_same_key(one: object, other: object) -> bool:

@@ -93,7 +93,7 @@ class CustomerCache:
             found = (
                 entry[1]
                 if entry is not None and entry[0] > self._cached.now()
-                else await self._cached.load_through(self._values, digest, self._load_name)
+                else await self._cached.loader.load_through(self._values, digest, self._load_name)
             )
             if found is not None and found.name:
                 return await self.current(found.name)
@@ -123,7 +123,7 @@ class CustomerCache:
             if entry[1] is not None:
                 entry[1].recent = True
             return entry[1]
-        found = await self._cached.load_through(self._customers, name, self._load_customer)
+        found = await self._cached.loader.load_through(self._customers, name, self._load_customer)
         entry = self._customers.entries.get(name)
         if found is not None and (entry is None or entry[1] is not found):
             # It changed during the load: its callers must read the cache again.
