@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -431,11 +433,21 @@ def test_a_terminal_sees_how_far_it_is_and_a_pipe_does_not(policy: Path, tmp_pat
         ours, theirs = pty.openpty()
     except OSError as problem:
         pytest.skip(f"this machine gives no terminal: {problem}")
+    shown = bytearray()
+
+    def read_terminal() -> None:
+        # A terminal holds few kilobytes: a program that is slow enough to write more waits until they are read.
+        with contextlib.suppress(OSError):  # EIO, once the program has ended
+            while part := terminal.read(4096):
+                shown.extend(part)
+
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=ENVIRONMENT | {"TERM": "xterm"})
         os.close(theirs)
-        out, _ = process.communicate(timeout=60)
-        shown = terminal.read(100_000)
+        reader = threading.Thread(target=read_terminal)
+        reader.start()
+        out, _ = process.communicate(timeout=PATIENCE_S)
+        reader.join()
     assert process.returncode == 0
     assert b"simulating" in shown
     assert json.loads(out)["requests"] == 50_000

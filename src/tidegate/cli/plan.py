@@ -9,7 +9,8 @@ import typer
 
 from tidegate.cli.common import print_json
 from tidegate.errors import SettingsError
-from tidegate.tools.plan.assumptions import USE, assume
+from tidegate.tools.charts import write_page
+from tidegate.tools.plan.assumptions import USE, Assumptions, assume
 from tidegate.tools.plan.constants import measured
 from tidegate.tools.plan.fleet import DAY_S, make_plan
 from tidegate.tools.plan.page import render_page
@@ -87,24 +88,26 @@ def plan(
     }
     assumed = assume(assumptions, set_ or (), options)
     peak = None if rps is None else parse_quantity(rps, "--rps", _MAX_RPS)
+    users = _daily_users(dau, peak, assumed)
+    counters = None if keys is None else parse_quantity(keys, "--keys", _MAX_KEYS)
+    constants = measured()
+    made = make_plan(users, constants, assumed, peak, counters)
+    if html is not None:
+        write_page(html, render_page(made, constants, assumed))
+    if json:
+        print_json(as_json(made, constants, assumed))
+    else:
+        print_plan(made, constants, assumed, open_console())
+
+
+def _daily_users(dau: str | None, peak: float | None, assumed: Assumptions) -> float:
+    """The users given, or those whose requests make the peak given."""
     if dau is not None:
         users = parse_quantity(dau, "--dau")
     elif peak is not None:
-        # The users whose requests make this peak.
         users = peak / assumed.use["peak_factor"] * DAY_S / assumed.use["requests_per_user"]
     else:
         raise SettingsError("--dau or --rps is required: daily users, e.g. --dau 10M, or requests/s at the peak, e.g. --rps 35k")
     if users < 1:
         raise SettingsError(f"{users:g} daily users are too few; expected at least 1, e.g. --dau 500k")
-    counters = None if keys is None else parse_quantity(keys, "--keys", _MAX_KEYS)
-    constants = measured()
-    made = make_plan(users, constants, assumed, peak, counters)
-    if html is not None:
-        try:
-            html.write_text(render_page(made, constants, assumed), encoding="utf-8")
-        except OSError as error:
-            raise SettingsError(f"--html {html} cannot be written: {error.strerror or error}") from None
-    if json:
-        print_json(as_json(made, constants, assumed))
-    else:
-        print_plan(made, constants, assumed, open_console())
+    return users

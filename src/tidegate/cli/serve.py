@@ -69,13 +69,10 @@ def serve(
     """
     # Nothing that is imported is garbage; to look for it takes a sixth of the time.
     gc.disable()
-    from tidegate.catalog.sql.engine import redacted_url
-    from tidegate.server.open_listeners import open_listeners
     from tidegate.server.run import ignore_signals, run
     from tidegate.server.supervisor import supervise
     from tidegate.server.worker import WorkerSlot, work
     from tidegate.telemetry.logs import configure_logging
-    from tidegate.url_parts import scheme_of
 
     gc.enable()
     ignore_signals()
@@ -83,18 +80,43 @@ def serve(
     settings = read_settings(config)
     configure_logging(settings.server.log_level, settings.server.log_format, None if slot is None else slot.number)
 
-    def print_token(instance: Instance) -> None:
+    with contextlib.ExitStack() as stack:
+        if demo:
+            settings = _demo_settings(settings, stack, is_worker=slot is not None)
+        messages = _StartMessages(settings, demo)
+        if slot is not None:
+            work(settings, slot, messages.print_token)
+        elif settings.server.workers > 1:
+            return supervise(settings, _worker_arguments(config, demo), messages.print_started)
+        else:
+            run(settings, messages.print_all, demo=demo)
+    return 0
+
+
+class _StartMessages:
+    """What a server prints once it listens."""
+
+    def __init__(self, settings: Settings, demo: bool) -> None:
+        self._settings = settings
+        self._demo = demo
+
+    def print_token(self, instance: Instance) -> None:
         if instance.first_token is not None:
             typer.echo(
                 f"control plane at {instance.admin_url}, token of the first operator, not shown again: {instance.first_token}"
             )
             sys.stdout.flush()
 
-    def print_started(address: str, console: str = "") -> None:
+    def print_started(self, address: str, console: str = "") -> None:
+        from tidegate.catalog.sql.engine import redacted_url
+        from tidegate.server.open_listeners import open_listeners
+        from tidegate.url_parts import scheme_of
+
+        settings = self._settings
         for warning in open_listeners(settings):
             logger.warning("%s", warning)
         url = listener_url(address, settings.uses_tls("http"))
-        if demo and url.startswith("http://"):
+        if self._demo and url.startswith("http://"):
             typer.echo(_TOUR.format(address=address, console=console))
         else:
             policy = settings.policy_path
@@ -105,29 +127,17 @@ def serve(
             )
         sys.stdout.flush()
 
-    def print_all(instance: Instance) -> None:
-        url = instance.admin_url if settings.admin.console and instance.admin_url.startswith("http") else ""
-        print_token(instance)
-        if demo:
-            print_started(
-                instance.address, f"\nThe console with example traffic, signed in on this machine: {url}/\n" if url else ""
-            )
+    def print_all(self, instance: Instance) -> None:
+        url = instance.admin_url if self._settings.admin.console and instance.admin_url.startswith("http") else ""
+        self.print_token(instance)
+        if self._demo:
+            console = f"\nThe console with example traffic, signed in on this machine: {url}/\n" if url else ""
+            self.print_started(instance.address, console)
             return
-        print_started(instance.address)
+        self.print_started(instance.address)
         if url:
             typer.echo(f"console at {url}/, sign in with a token of the control plane")
             sys.stdout.flush()
-
-    with contextlib.ExitStack() as stack:
-        if demo:
-            settings = _demo_settings(settings, stack, is_worker=slot is not None)
-        if slot is not None:
-            work(settings, slot, print_token)
-        elif settings.server.workers > 1:
-            return supervise(settings, _worker_arguments(config, demo), print_started)
-        else:
-            run(settings, print_all, demo=demo)
-    return 0
 
 
 def _demo_settings(settings: Settings, stack: contextlib.ExitStack, *, is_worker: bool) -> Settings:
@@ -201,23 +211,22 @@ def check(
         query = {"method": method.upper(), "path": path, "ip": ip, "tier": tier, "cost": cost}
         named = _attributes(attribute or [])
         return explain_check(key, query, named, url=url, token_file=token_file, tls=tls, config=config, as_json=as_json)
-    if url is None:
-        settings = read_settings(config)
-        address, tls = own_data_plane(settings, tls)
-    else:
-        address = url
+    address, tls = own_data_plane(read_settings(config), tls) if url is None else (url, tls)
     body: dict[str, Any] = {"method": method, "path": path, "cost": cost}
-    if key != "-":
-        body["api_key"] = key
-    if ip is not None:
-        body["ip"] = ip
-    if attribute:
-        body["attributes"] = _attributes(attribute)
-    if tier is not None:
-        body["tier"] = tier
-    if bearer_file is not None:
-        body["bearer"] = read_token(bearer_file)
+    given = {
+        "api_key": None if key == "-" else key,
+        "ip": ip,
+        "attributes": _attributes(attribute) if attribute else None,
+        "tier": tier,
+        "bearer": None if bearer_file is None else read_token(bearer_file),
+    }
+    body |= {name: value for name, value in given.items() if value is not None}
     status, answer = request_data_plane(address, "/v1/check", body, tls, _caller_token(token_file, config))
+    return _print_answer(status, answer, address, as_json=as_json)
+
+
+def _print_answer(status: int, answer: dict[str, Any], address: str, *, as_json: bool) -> int:
+    """Print the answer of a server; returns the exit code."""
     if as_json:
         print_json(answer)
     if status in (200, 429):

@@ -77,16 +77,20 @@ def collect_cache(
             lambda: shared.refused,
         )
     if database is not None:
-        metrics.add_counter(
-            "rate_limiter_database_queries", "Catalog look-ups sent to the database or a replica.", lambda: database.queries
-        )
-        metrics.add_labelled_gauge(
-            "rate_limiter_database_connections",
-            "Connections to the primary database for reading.",
-            "state",
-            lambda: dict(database.connections),
-        )
-    replicas = None if database is None else database.replicas
+        _collect_database(metrics, database)
+
+
+def _collect_database(metrics: Metrics, database: Database) -> None:
+    metrics.add_counter(
+        "rate_limiter_database_queries", "Catalog look-ups sent to the database or a replica.", lambda: database.queries
+    )
+    metrics.add_labelled_gauge(
+        "rate_limiter_database_connections",
+        "Connections to the primary database for reading.",
+        "state",
+        lambda: dict(database.connections),
+    )
+    replicas = database.replicas
     if replicas is not None:
         each = replicas.replicas
         metrics.add_gauge("rate_limiter_replicas", "Read replicas configured.", lambda: len(each))

@@ -196,6 +196,14 @@ class Metrics:
         for kind, count in sorted(found.items()):
             errors.add_metric([kind], count)
         yield errors
+        yield from self._rule_families()
+        yield CounterMetricFamily(
+            "rate_limiter_degraded", "Checks decided without the counter store because it was unavailable.", self.degraded
+        )
+        yield from self._policy_families()
+        yield from self._component_families()
+
+    def _rule_families(self) -> Iterator[Metric]:
         by_rule = CounterMetricFamily(
             "rate_limiter_rule_requests", "Checks decided, by tier and rule.", labels=["tier", "rule", "status"]
         )
@@ -223,9 +231,8 @@ class Metrics:
         for rule, count in sorted(self.shadow_blocked.items()):
             shadow.add_metric([rule], count)
         yield shadow
-        yield CounterMetricFamily(
-            "rate_limiter_degraded", "Checks decided without the counter store because it was unavailable.", self.degraded
-        )
+
+    def _policy_families(self) -> Iterator[Metric]:
         yield CounterMetricFamily("rate_limiter_policy_reloads", "Policy files applied.", self.policy_reloads)
         yield CounterMetricFamily(
             "rate_limiter_policy_reload_errors",
@@ -242,6 +249,8 @@ class Metrics:
         )
         build.add_metric([self._version, platform.python_version()], 1)
         yield build
+
+    def _component_families(self) -> Iterator[Metric]:
         for name, text, read in self._gauges:
             yield GaugeMetricFamily(name, text, read())
         for name, text, read in self._counters:

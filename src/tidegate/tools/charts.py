@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Final
+
+from tidegate.errors import SettingsError
 
 WIDTH: Final = 960
 HEIGHT: Final = 260
@@ -134,3 +137,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: i
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><thead><tr>{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write an HTML page to the file of the option `--html`.
+
+    Raises:
+        SettingsError: if it cannot be written.
+    """
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"--html {path} cannot be written: {error.strerror or error}") from None

@@ -26,6 +26,7 @@ from tidegate.url_parts import scheme_of, split_url
 DEFAULT_PORT: Final = 6379
 DEFAULT_SENTINEL_PORT: Final = 26379
 MAX_PORT: Final = 65_535
+_UNIX_FORM: Final = "counters.url for a unix socket needs three slashes: redis+unix:///run/redis/redis.sock"
 _OPTIONS: Final = frozenset(("ca", "cert", "key", "sentinel_user", "sentinel_password", "db"))
 
 
@@ -168,21 +169,13 @@ def parse_redis_url(url: str) -> RedisUrl:
     endpoints = (
         () if kind == "unix" else tuple(_endpoint(text, default_port, parts.user is None) for text in parts.hosts.split(","))
     )
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    unknown = sorted(set(options) - _OPTIONS)
-    if unknown:
-        shown = "an unknown option" if "@" in parts.query else f"the unknown option {unknown[0][:40]!r}"
-        raise SettingsError(f"counters.url has {shown}: known are {', '.join(sorted(_OPTIONS))}")
     tls = base == "rediss"
-    if not tls and any(name in options for name in ("ca", "cert", "key")):
-        raise SettingsError("counters.url has PEM files but no TLS: write rediss:// for redis://")
+    options = _options(parts.query, tls)
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
     if kind == "unix":
-        if parts.hosts or not parts.path:
-            raise SettingsError("counters.url for a unix socket needs three slashes: redis+unix:///run/redis/redis.sock")
-        if "\0" in unquote(parts.path):
-            raise SettingsError(f"counters.url: {parts.path[:60]!r} is not a valid path: remove %00")
-        return RedisUrl(Topology.STANDALONE, (Endpoint(path=unquote(parts.path)),), credentials, db=_db(options.get("db", "0")))
+        if parts.hosts:
+            raise SettingsError(_UNIX_FORM)
+        return RedisUrl(Topology.STANDALONE, (_unix_endpoint(parts.path),), credentials, db=_db(options.get("db", "0")))
     master = ""
     if kind == "sentinel":
         if not segments:
@@ -207,6 +200,25 @@ def parse_redis_url(url: str) -> RedisUrl:
         options.get("cert", ""),
         options.get("key", ""),
     )
+
+
+def _options(query: str, tls: bool) -> dict[str, str]:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    unknown = sorted(set(options) - _OPTIONS)
+    if unknown:
+        shown = "an unknown option" if "@" in query else f"the unknown option {unknown[0][:40]!r}"
+        raise SettingsError(f"counters.url has {shown}: known are {', '.join(sorted(_OPTIONS))}")
+    if not tls and any(name in options for name in ("ca", "cert", "key")):
+        raise SettingsError("counters.url has PEM files but no TLS: write rediss:// for redis://")
+    return options
+
+
+def _unix_endpoint(path: str) -> Endpoint:
+    if not path:
+        raise SettingsError(_UNIX_FORM)
+    if "\0" in unquote(path):
+        raise SettingsError(f"counters.url: {path[:60]!r} is not a valid path: remove %00")
+    return Endpoint(path=unquote(path))
 
 
 def _credentials(user: str | None) -> Credentials:

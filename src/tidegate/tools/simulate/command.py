@@ -21,7 +21,7 @@ from tidegate.policy.attributes import MAX_ATTRIBUTES, RESERVED
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import PathRules
 from tidegate.policy.toml_reader import load_policy
-from tidegate.tools.charts import clean
+from tidegate.tools.charts import clean, write_page
 from tidegate.tools.simulate.log_clients import DEFAULT_TRUSTED, Clients
 from tidegate.tools.simulate.log_csv import csv_records
 from tidegate.tools.simulate.log_formats import FIELDS, FORMATS, Directive, NoAddress, Parse, csv_columns, detect, parser_of
@@ -292,29 +292,14 @@ def simulate(
     interrupted = False
     try:
         with _reported(sizes) if background else _progress(sizes) as update:
-            done = 0
-            for source, size in zip(logs, sizes, strict=True):
-                with LogLines(source) as log:
-                    for position in simulation.read(log):
-                        update(done + position)
-                done += size or 0
-                update(done)
+            _read_logs(simulation, logs, sizes, update)
     except KeyboardInterrupt:
         interrupted = True
     report = simulation.finish()
     if report.lines == report.malformed and not interrupted:
-        named = ", ".join(logs)
-        if not report.lines:
-            raise LogError(
-                f"no line in {named}: give a log with at least one request" + "".join(f"; {each}" for each in report.broken)
-            )
-        shown = "".join(f"\n  {clean(example)}" for example in report.malformed_examples)
-        raise LogError(f"no request in {named}: all {report.lines:,} lines are malformed{shown}")
+        raise _no_request(report, logs)
     if html is not None:
-        try:
-            html.write_text(render_page(report, str(policy), logs), encoding="utf-8")
-        except OSError as error:
-            raise SettingsError(f"--html {html} cannot be written: {error.strerror or error}") from None
+        write_page(html, render_page(report, str(policy), logs))
     if as_json_:
         typer.echo(json.dumps(as_json(report), indent=2))
     else:
@@ -323,6 +308,27 @@ def simulate(
         typer.echo("interrupted: the report covers the requests decided until then", err=True)
         return 130
     return 0
+
+
+def _read_logs(simulation: Simulation, logs: Sequence[str], sizes: Sequence[int | None], update: Callable[[int], None]) -> None:
+    done = 0
+    for source, size in zip(logs, sizes, strict=True):
+        with LogLines(source) as log:
+            for position in simulation.read(log):
+                update(done + position)
+        done += size or 0
+        update(done)
+
+
+def _no_request(report: Report, logs: Sequence[str]) -> LogError:
+    """Why logs without a single request cannot be simulated."""
+    named = ", ".join(logs)
+    if not report.lines:
+        return LogError(
+            f"no line in {named}: give a log with at least one request" + "".join(f"; {each}" for each in report.broken)
+        )
+    shown = "".join(f"\n  {clean(example)}" for example in report.malformed_examples)
+    return LogError(f"no request in {named}: all {report.lines:,} lines are malformed{shown}")
 
 
 @contextmanager
