@@ -14,13 +14,13 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.blocks import attributes_text
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.catalog_access import ServerOptions, cli_actor, with_either
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
-from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import ControlPlane, one_line
-from tidegate.cli.key_access import cli_actor, refusals_as_over_the_api, run_at_once
 from tidegate.cli.keys import lifetime_s, to_seconds
 from tidegate.cli.options import TokenFileOption, UrlOption
-from tidegate.errors import BadRequest, SettingsError
+from tidegate.errors import BadRequest
 from tidegate.policy.attributes import parse_subject
 from tidegate.timestamps import US_PER_S, format_timestamp, now_us
 from tidegate.tools.terminal import say
@@ -234,16 +234,10 @@ def _with_blocks(
     tls: ClientTls,
     work: Callable[[_Blocks], Coroutine[Any, Any, _T]],
 ) -> _T:
-    """Do something with blocks, in the database or over the admin API; `work` awaits nothing but their methods."""
-    if url is not None:
-        return run_at_once(work(_BlocksAtControlPlane(ControlPlane.at(url, token_file, config, tls, _COMMAND))))
-    if token_file is not None:
-        raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
-    if tls != ClientTls():
-        raise SettingsError("--ca, --cert and --key are for --url, without which the database is used: add --url")
-
-    async def in_catalog(catalog: SqlCatalog) -> _T:
-        with refusals_as_over_the_api():
-            return await work(_BlocksInCatalog(catalog, cli_actor()))
-
-    return with_catalog(config, in_catalog)
+    """Run an operation in the database or over the admin API; `work` awaits nothing but its argument's methods."""
+    return with_either(
+        ServerOptions(config, url, token_file, tls),
+        _COMMAND,
+        lambda plane: work(_BlocksAtControlPlane(plane)),
+        lambda catalog: work(_BlocksInCatalog(catalog, cli_actor())),
+    )

@@ -21,13 +21,12 @@ from tidegate.admin.models import Name, RotateRequest
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.catalog_access import ServerOptions, cli_actor, with_either
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
-from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import ControlPlane, one_line
-from tidegate.cli.key_access import cli_actor, refusals_as_over_the_api, run_at_once
 from tidegate.cli.keys import MAX_GRACE_S, checked, lifetime_s, to_seconds
 from tidegate.cli.options import TokenFileOption, UrlOption
-from tidegate.errors import SettingsError
 from tidegate.timestamps import US_PER_S, format_timestamp, now_us, parse_timestamp
 from tidegate.tools.terminal import say
 
@@ -238,16 +237,10 @@ def _with_tokens(
     tls: ClientTls,
     work: Callable[[_Tokens], Coroutine[Any, Any, _T]],
 ) -> _T:
-    """Do something with tokens, in the database or over the admin API; `work` awaits nothing but their methods."""
-    if url is not None:
-        return run_at_once(work(_TokensAtControlPlane(ControlPlane.at(url, token_file, config, tls, _COMMAND))))
-    if token_file is not None:
-        raise SettingsError("--token-file is for --url, without which the database is used: give both, or neither")
-    if tls != ClientTls():
-        raise SettingsError("--ca, --cert and --key are for --url, without which the database is used: add --url")
-
-    async def in_catalog(catalog: SqlCatalog) -> _T:
-        with refusals_as_over_the_api():
-            return await work(_TokensInCatalog(catalog, cli_actor()))
-
-    return with_catalog(config, in_catalog)
+    """Run an operation in the database or over the admin API; `work` awaits nothing but its argument's methods."""
+    return with_either(
+        ServerOptions(config, url, token_file, tls),
+        _COMMAND,
+        lambda plane: work(_TokensAtControlPlane(plane)),
+        lambda catalog: work(_TokensInCatalog(catalog, cli_actor())),
+    )

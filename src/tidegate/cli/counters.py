@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tidegate.cli import subjects
+from tidegate.cli.catalog_access import cli_actor
 from tidegate.cli.common import ConfigOption, JsonOption, print_json, read_settings, with_catalog
-from tidegate.cli.key_access import cli_actor
 from tidegate.errors import SettingsError
 from tidegate.timestamps import now_us
 from tidegate.tools.charts import clean

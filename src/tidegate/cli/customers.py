@@ -15,14 +15,14 @@ from tidegate.admin.models.customers import AnchorDate, CustomerName, ExternalId
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.catalog_access import ServerOptions, cli_actor, with_either
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
-from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import ControlPlane, one_line
-from tidegate.cli.key_access import cli_actor, refusals_as_over_the_api, run_at_once
 from tidegate.cli.key_limits import UntilOption, changed_overrides, parse_change, print_overrides, until_time
 from tidegate.cli.keys import checked
 from tidegate.cli.options import TokenFileOption, UrlOption
-from tidegate.errors import PolicyError, SettingsError
+from tidegate.errors import PolicyError
 from tidegate.policy.customers import metadata_text
 from tidegate.tools.terminal import say
 
@@ -115,16 +115,13 @@ def _with_customers(
     tls: ClientTls,
     work: Callable[[_Customers], Coroutine[Any, Any, _T]],
 ) -> _T:
-    if url is not None:
-        return run_at_once(work(_CustomersAtControlPlane(ControlPlane.at(url, token_file, config, tls, _COMMAND))))
-    if token_file is not None or tls != ClientTls():
-        raise SettingsError("--token-file, --ca, --cert and --key are only used with --url: add --url")
-
-    async def in_catalog(catalog: SqlCatalog) -> _T:
-        with refusals_as_over_the_api():
-            return await work(_CustomersInCatalog(catalog, cli_actor()))
-
-    return with_catalog(config, in_catalog)
+    """Run an operation in the database or over the admin API; `work` awaits nothing but its argument's methods."""
+    return with_either(
+        ServerOptions(config, url, token_file, tls),
+        _COMMAND,
+        lambda plane: work(_CustomersAtControlPlane(plane)),
+        lambda catalog: work(_CustomersInCatalog(catalog, cli_actor())),
+    )
 
 
 @app.command("create")

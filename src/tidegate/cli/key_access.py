@@ -5,12 +5,8 @@ Errors are the same for both: a code and a sentence. An API key in an argument i
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import os
 import re
-import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -33,15 +29,14 @@ from tidegate.admin.models import (
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.catalog_access import ServerOptions, cli_actor, with_either
 from tidegate.cli.client_tls import ClientTls
-from tidegate.cli.common import read_settings, with_catalog
+from tidegate.cli.common import read_settings
 from tidegate.cli.control_plane import ControlPlane
-from tidegate.errors import BadRequest, CatalogError, CatalogUnavailable, PolicyError, SettingsError, TidegateError
+from tidegate.errors import TidegateError
 from tidegate.policy.key_format import hash_api_key, is_possible_key
-from tidegate.policy.labels import CLI_ACTOR
 
 _ID_PREFIX: Final = re.compile(r"[0-9a-f]{6,24}", re.ASCII)
-_MAX_ACTOR: Final = 200
 
 _T = TypeVar("_T")
 
@@ -58,12 +53,6 @@ class KeyFilter(msgspec.Struct, frozen=True):
     name: str | None = None
     id_prefix: str | None = None
     customer: str | None = None
-
-
-class KeyRefused(TidegateError):
-    """The catalog rejected an operation; the message starts with its code, like errors of the admin API."""
-
-    code = "KEY_REFUSED"
 
 
 class KeyNotFound(TidegateError):
@@ -227,17 +216,12 @@ def with_keys(
     if url is not None:
         # Keys are hashed here: only digests are sent.
         read_settings(config, has_token=token_file is not None)
-        return run_at_once(work(KeysAtControlPlane(ControlPlane.at(url, token_file, config, tls))))
-    if token_file is not None:
-        raise SettingsError("--token-file is only used with --url: set both, or neither")
-    if tls != ClientTls():
-        raise SettingsError("--ca, --cert and --key are only used with --url: add --url")
-
-    async def in_catalog(catalog: SqlCatalog) -> _T:
-        with refusals_as_over_the_api():
-            return await work(KeysInCatalog(catalog, cli_actor()))
-
-    return with_catalog(config, in_catalog)
+    return with_either(
+        ServerOptions(config, url, token_file, tls),
+        "keys",
+        lambda plane: work(KeysAtControlPlane(plane)),
+        lambda catalog: work(KeysInCatalog(catalog, cli_actor())),
+    )
 
 
 async def find(keys: ApiKeys, reference: str) -> KeyRead:
@@ -284,39 +268,3 @@ async def collect(keys: ApiKeys, key_filter: KeyFilter, limit: int, after: str |
         after = page.next
         if after is None or not page.items or len(items) >= limit:
             return Page(items, after)
-
-
-def run_at_once(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine that awaits no event loop without one: within a loop, Ctrl-C would wait for the pending response."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: _T = done.value
-        return result
-    raise AssertionError("the operation awaits an event loop")
-
-
-@contextlib.contextmanager
-def refusals_as_over_the_api() -> Iterator[None]:
-    """Raise what the catalog refuses with the code that the admin API sends."""
-    try:
-        yield
-    except (CatalogError, BadRequest, PolicyError, CatalogUnavailable) as error:
-        raise KeyRefused(f"{error.code}: {error.message}") from error
-
-
-def cli_actor() -> str:
-    """The name in the audit log of whoever runs this command."""
-    return f"{CLI_ACTOR}{_user()}"[:_MAX_ACTOR]
-
-
-def _user() -> str:
-    if sys.platform == "win32":
-        return getpass.getuser()
-    import pwd
-
-    # The account of the process, not LOGNAME or USER, which anyone can set: it is written to the audit log.
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # the user of a container may have no name
-        return str(os.geteuid())

@@ -22,14 +22,14 @@ from tidegate.admin.rules import CatalogEditor
 from tidegate.admin.transaction import NotFound
 from tidegate.catalog.sql.catalog import SqlCatalog
 from tidegate.catalog.sql.paging import MAX_PAGE, Page
+from tidegate.cli.catalog_access import ServerOptions, cli_actor, with_either
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
-from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows, with_catalog
+from tidegate.cli.common import ConfigOption, JsonOption, print_json, print_rows
 from tidegate.cli.control_plane import ControlPlane, one_line
-from tidegate.cli.key_access import cli_actor, refusals_as_over_the_api, run_at_once
 from tidegate.cli.key_limits import UntilOption, until_time
 from tidegate.cli.keys import checked
 from tidegate.cli.options import TokenFileOption, UrlOption
-from tidegate.errors import BadRequest, PolicyError, SettingsError
+from tidegate.errors import BadRequest, PolicyError
 from tidegate.policy.attributes import parse_subject
 from tidegate.policy.descriptors import entries_text
 from tidegate.policy.limits import Limit
@@ -112,17 +112,12 @@ def _with_overrides(
     work: Callable[[_Overrides], Coroutine[Any, Any, _T]],
 ) -> _T:
     checked(TierName, tier, "TIER")
-    if url is not None:
-        plane = ControlPlane.at(url, token_file, config, tls, _COMMAND)
-        return run_at_once(work(_OverridesAtControlPlane(plane, tier)))
-    if token_file is not None or tls != ClientTls():
-        raise SettingsError("--token-file, --ca, --cert and --key are only used with --url: add --url")
-
-    async def in_catalog(catalog: SqlCatalog) -> _T:
-        with refusals_as_over_the_api():
-            return await work(_OverridesInCatalog(catalog, cli_actor(), tier))
-
-    return with_catalog(config, in_catalog)
+    return with_either(
+        ServerOptions(config, url, token_file, tls),
+        _COMMAND,
+        lambda plane: work(_OverridesAtControlPlane(plane, tier)),
+        lambda catalog: work(_OverridesInCatalog(catalog, cli_actor(), tier)),
+    )
 
 
 @app.command("list")
