@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from tidegate.counters.handle_text import MAX_ID
 from tidegate.counters.holds import MAX_TTL_S, MIN_TTL_S
 from tidegate.decision import MAX_COST
-from tidegate.policy.namespaces import MAX_SUBJECT, NAME
+from tidegate.doors.openapi_parts import content, denied_content, describe_check_fields, id_parameter
 from tidegate.wire import HoldAnswer, HoldRenewedBody, HoldRequest, HoldSettledBody, RenewRequest, SettleRequest
 
 HOLD_BODIES: Final = (HoldRequest, HoldAnswer, SettleRequest, HoldSettledBody, RenewRequest, HoldRenewedBody)
-_ID: Final = {
-    "name": "id",
-    "in": "path",
-    "required": True,
-    "description": "Id of the hold.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_ID, "pattern": "^[A-Za-z0-9_-]+$"},
-}
+_ID: Final = id_parameter("hold")
 
 
 def describe_holds(schemas: dict[str, Any]) -> None:
@@ -28,11 +21,8 @@ def describe_holds(schemas: dict[str, Any]) -> None:
         schemas: by name; changed.
     """
     fields = schemas["HoldRequest"]["properties"]
-    fields["cost"].update(minimum=0, maximum=MAX_COST)
+    describe_check_fields(fields, path="/v1/chat/completions", namespace="tokens", subject="user-42")
     fields["ttl_s"].update(minimum=MIN_TTL_S, maximum=MAX_TTL_S)
-    fields["path"].update(pattern="^/", examples=["/v1/chat/completions"])
-    fields["namespace"].update(pattern=f"^{NAME.pattern}$", examples=["tokens"])
-    fields["subject"].update(minLength=1, maxLength=MAX_SUBJECT, examples=["user-42"])
     schemas["SettleRequest"]["properties"]["cost"].update(minimum=0, maximum=MAX_COST)
     schemas["RenewRequest"]["properties"]["ttl_s"].update(minimum=MIN_TTL_S, maximum=MAX_TTL_S)
 
@@ -52,22 +42,19 @@ def hold_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], dict
     Returns:
         The path items.
     """
-    answer = _content("HoldAnswer")
-    error = {"$ref": "#/components/schemas/Error"}
-    denied = {"application/json": {"schema": {"anyOf": [answer["application/json"]["schema"], error]}}}
     return {
         "/v1/holds": {
             "post": {
                 "operationId": "openHold",
                 "summary": "Reserve the most that a request may cost, until it is settled or the hold expires.",
                 "security": [{"ApiKey": []}, {}],
-                "requestBody": {"required": True, "content": _content("HoldRequest")},
+                "requestBody": {"required": True, "content": content("HoldRequest")},
                 "responses": {
-                    "200": {"description": "Reserved.", "headers": headers() | _HOLD_HEADER, "content": answer},
+                    "200": {"description": "Reserved.", "headers": headers() | _HOLD_HEADER, "content": content("HoldAnswer")},
                     "429": {
                         "description": "Denied, and nothing is reserved; or too many holds are open (TOO_MANY_HOLDS).",
                         "headers": headers(),
-                        "content": denied,
+                        "content": denied_content("HoldAnswer"),
                     },
                     **errors(400, 401, 403, 405, 408, 413, 415, 431, 503),
                 },
@@ -78,9 +65,9 @@ def hold_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], dict
                 "operationId": "settleHold",
                 "summary": "End a hold and charge exactly what was used, also above the limits. Idempotent.",
                 "parameters": [_ID],
-                "requestBody": {"required": True, "content": _content("SettleRequest")},
+                "requestBody": {"required": True, "content": content("SettleRequest")},
                 "responses": {
-                    "200": {"description": "Settled.", "content": _content("HoldSettledBody")},
+                    "200": {"description": "Settled.", "content": content("HoldSettledBody")},
                     **errors(400, 404, 405, 408, 413, 415, 431, 503),
                 },
             }
@@ -90,15 +77,11 @@ def hold_paths(errors: Callable[..., dict[str, Any]], headers: Callable[[], dict
                 "operationId": "renewHold",
                 "summary": "Let an open hold expire later.",
                 "parameters": [_ID],
-                "requestBody": {"required": True, "content": _content("RenewRequest")},
+                "requestBody": {"required": True, "content": content("RenewRequest")},
                 "responses": {
-                    "200": {"description": "Renewed.", "content": _content("HoldRenewedBody")},
+                    "200": {"description": "Renewed.", "content": content("HoldRenewedBody")},
                     **errors(400, 404, 405, 408, 409, 413, 415, 431, 503),
                 },
             }
         },
     }
-
-
-def _content(schema: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
