@@ -212,34 +212,36 @@ catalog_changes: Final = Table(
     PrimaryKeyConstraint("version", "kind", "name"),
 )
 
-# One row for each minute in which a rule blocked a subject. PostgreSQL has one partition per day, so that old days are dropped
-# and not deleted; rows without a partition of their day are in the default one.
-rate_limit_violations: Final = Table(
-    "rate_limit_violations",
-    metadata,
-    Column("minute_us", BigInteger, nullable=False),
-    Column("tier", String(64), nullable=False),
-    Column("rule", String(256), nullable=False),
-    Column("subject", String(160), nullable=False),
-    Column("blocked", BigInteger, nullable=False),
-    PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
-    Index("idx_violations_subject_minute", "subject", "minute_us"),
-    postgresql_partition_by="RANGE (minute_us)",
-)
 
-# The same for minutes in which a shadow rule would have blocked a subject.
-shadow_violations: Final = Table(
-    "shadow_violations",
-    metadata,
-    Column("minute_us", BigInteger, nullable=False),
-    Column("tier", String(64), nullable=False),
-    Column("rule", String(256), nullable=False),
-    Column("subject", String(160), nullable=False),
-    Column("blocked", BigInteger, nullable=False),
-    PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
-    Index("idx_shadow_violations_subject_minute", "subject", "minute_us"),
-    postgresql_partition_by="RANGE (minute_us)",
-)
+def _rule() -> tuple[Column[str], Column[str]]:
+    return Column("tier", String(64), nullable=False), Column("rule", String(256), nullable=False)
+
+
+def _units(passed: str = "allowed") -> tuple[Column[int], Column[int], Column[int]]:
+    first, second, third = (Column(name, BigInteger, nullable=False) for name in (passed, "blocked", "over_limit"))
+    return first, second, third
+
+
+def _violations(name: str, index: str) -> Table:
+    """One row for each minute in which a rule blocked a subject, or would have. PostgreSQL has one partition per day, so that old
+    days are dropped and not deleted; rows without a partition of their day are in the default one.
+    """
+    return Table(
+        name,
+        metadata,
+        Column("minute_us", BigInteger, nullable=False),
+        *_rule(),
+        Column("subject", String(160), nullable=False),
+        Column("blocked", BigInteger, nullable=False),
+        PrimaryKeyConstraint("minute_us", "tier", "rule", "subject"),
+        Index(index, "subject", "minute_us"),
+        postgresql_partition_by="RANGE (minute_us)",
+    )
+
+
+rate_limit_violations: Final = _violations("rate_limit_violations", "idx_violations_subject_minute")
+# Of shadow rules.
+shadow_violations: Final = _violations("shadow_violations", "idx_shadow_violations_subject_minute")
 
 # Units by day (UTC), customer and key: what invoices are made of. PostgreSQL has one partition per month.
 usage_ledger: Final = Table(
@@ -248,11 +250,8 @@ usage_ledger: Final = Table(
     Column("day_us", BigInteger, nullable=False),
     Column("customer", String(200), nullable=False),
     Column("key_id", String(24), nullable=False),
-    Column("tier", String(64), nullable=False),
-    Column("rule", String(256), nullable=False),
-    Column("admitted", BigInteger, nullable=False),
-    Column("blocked", BigInteger, nullable=False),
-    Column("over_limit", BigInteger, nullable=False),
+    *_rule(),
+    *_units("admitted"),
     PrimaryKeyConstraint("day_us", "customer", "key_id", "tier", "rule"),
     Index("idx_ledger_key_day", "key_id", "day_us"),
     Index("idx_ledger_customer_day", "customer", "day_us"),
@@ -274,11 +273,8 @@ traffic_minutes: Final = Table(
     "traffic_minutes",
     metadata,
     Column("minute_us", BigInteger, nullable=False),
-    Column("tier", String(64), nullable=False),
-    Column("rule", String(256), nullable=False),
-    Column("allowed", BigInteger, nullable=False),
-    Column("blocked", BigInteger, nullable=False),
-    Column("over_limit", BigInteger, nullable=False),
+    *_rule(),
+    *_units(),
     PrimaryKeyConstraint("minute_us", "tier", "rule"),
     postgresql_partition_by="RANGE (minute_us)",
 )
@@ -286,11 +282,8 @@ traffic_hours: Final = Table(
     "traffic_hours",
     metadata,
     Column("hour_us", BigInteger, nullable=False),
-    Column("tier", String(64), nullable=False),
-    Column("rule", String(256), nullable=False),
-    Column("allowed", BigInteger, nullable=False),
-    Column("blocked", BigInteger, nullable=False),
-    Column("over_limit", BigInteger, nullable=False),
+    *_rule(),
+    *_units(),
     PrimaryKeyConstraint("hour_us", "tier", "rule"),
 )
 
@@ -299,12 +292,9 @@ traffic_callers: Final = Table(
     "traffic_callers",
     metadata,
     Column("hour_us", BigInteger, nullable=False),
-    Column("tier", String(64), nullable=False),
-    Column("rule", String(256), nullable=False),
+    *_rule(),
     Column("subject", String(160), nullable=False),
-    Column("allowed", BigInteger, nullable=False),
-    Column("blocked", BigInteger, nullable=False),
-    Column("over_limit", BigInteger, nullable=False),
+    *_units(),
     PrimaryKeyConstraint("hour_us", "tier", "rule", "subject"),
     Index("idx_traffic_subject_hour", "subject", "hour_us"),
     postgresql_partition_by="RANGE (hour_us)",
