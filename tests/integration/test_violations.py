@@ -19,6 +19,7 @@ from tests.moments import PATIENCE_S
 from tests.servers.postgres import PostgresServer
 from tests.servers.tcp_proxy import TcpProxy
 from tests.unit.test_violations import MINUTE_US, NOON_US, blocked, limit_set
+from tidegate import periodic_writer
 from tidegate.admin.rules import CatalogEditor
 from tidegate.catalog.sql import partitions as partitioning
 from tidegate.catalog.sql.catalog import SqlCatalog
@@ -358,7 +359,7 @@ async def test_a_frozen_database_does_not_hold_up_the_end(postgres_server: Postg
         async with asyncio.timeout(PATIENCE_S):
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            begun = [writer._writing, writer._retention]
+            begun = [writer._writing, writer._maintaining]
             await writer.flush(0.5)
         assert (writer.written, writer.dropped, writer.pending) == (1, 7, 0)
         proxy.stall = False
@@ -531,7 +532,7 @@ async def test_keeping_while_others_write(postgres: Database, postgres_url: str,
 async def test_failed_maintenance_is_logged_once(
     breakable: Breakable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_RETENTION_RETRY_S", 0.01)
+    monkeypatch.setattr(periodic_writer, "MAINTENANCE_RETRY_S", 0.01)
     tries = 0
 
     async def counted(*arguments: Any) -> bool:

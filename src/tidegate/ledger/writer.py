@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
-from typing import Any, Final
 
-from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.sql.database import Database
 from tidegate.errors import CatalogUnavailable
-from tidegate.jitter import JITTER
 from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.buffer import Batch, Buffer
 from tidegate.ledger.maintenance import Retention, maintain_tables
 from tidegate.ledger.storage import write_batch
+from tidegate.periodic_writer import PeriodicWriter
 from tidegate.timestamps import now_us
 
 logger = logging.getLogger(__name__)
 
-FLUSH_S: Final = 1.5
-"""Time limit of the last write when the process ends: less than the shutdown time of a worker."""
 
-_MAINTENANCE_INTERVAL_S: Final = 3600.0
-_MAINTENANCE_RETRY_S: Final = 60.0
-_RETRY_S: Final = 0.1
-_CANCEL_S: Final = 0.2
-_JITTER: Final = 0.1
-
-
-class UsageWriter:
+class UsageWriter(PeriodicWriter):
     """Writes `UsageCounts` to the ledger and the traffic history. For use in one event loop.
 
     While the database fails, counts are added up in a `Buffer`, and the batch that failed is kept and repeated: it is applied
@@ -55,20 +43,17 @@ class UsageWriter:
         flush_s: float = 5.0,
         retention: Retention | None = None,
     ) -> None:
+        super().__init__(flush_s, "ledger_retention", "the usage ledger and the traffic history")
         self.instance = secrets.token_hex(16)
         self.written = 0
         self.repeated = 0
         self.lost = 0
-        self.failing = False
         self.counts = counts
         self._database = database
-        self._flush_s = flush_s
         self._retention = retention or Retention()
         self._buffer = Buffer(self._retention.max_callers)
         self._batch: Batch | None = None
         self._reason = ""
-        self._writing: asyncio.Task[None] | None = None
-        self._maintaining: asyncio.Task[bool] | None = None
 
     @property
     def pending(self) -> int:
@@ -95,69 +80,14 @@ class UsageWriter:
         if self.failing:
             raise CatalogUnavailable(f"usage and traffic are not written, they wait in memory: {self._reason}")
 
-    async def run(self) -> None:
-        """Write, and maintain the tables, until cancelled. A running operation continues until `flush` ends it."""
-        maintenance = SUPERVISOR.start("ledger_retention", self._maintain_periodically)
-        try:
-            while True:
-                await asyncio.sleep(_jittered(self._flush_s))
-                # Cancelling this must neither interrupt a transaction nor wait for a frozen server.
-                await asyncio.shield(self._write_once())
-        finally:
-            await stop(maintenance)
-
-    async def flush(self, within_s: float = FLUSH_S) -> None:
-        """Write everything, at the end of the process. What is not written in time is lost, and counted as such.
-
-        Args:
-            within_s: time limit, s, plus 0.2 s if the database does not respond to cancellation.
-        """
-        now = asyncio.get_running_loop().time
-        deadline = now() + within_s
-        running: set[asyncio.Task[Any]] = set() if self._maintaining is None else {self._maintaining}
-        while (self.pending or self._writing is not None) and now() < deadline:
-            task = self._write_once()
-            done, _ = await asyncio.wait({task}, timeout=deadline - now())
-            if not done:
-                running.add(task)
-            elif self.failing:
-                await asyncio.sleep(min(_RETRY_S, max(deadline - now(), 0)))
-        for task in running:
-            task.cancel()
-        if running:
-            # With a timeout: a driver may wait for a frozen server before it gives up.
-            await asyncio.wait(running, timeout=_CANCEL_S)
+    async def _give_up(self) -> None:
         await self._buffer.add(self.counts.take())
         self.lost += self._buffer.units + (0 if self._batch is None else self._batch.units)
         if self.lost:
             logger.warning("%d units of usage are not confirmed by the database and may be lost with this process", self.lost)
 
-    async def _maintain_periodically(self) -> None:
-        failing = False
-        while True:
-            self._maintaining = asyncio.create_task(self._maintain(failing))
-            failing = await asyncio.shield(self._maintaining)
-            await asyncio.sleep(_jittered(_MAINTENANCE_RETRY_S if failing else _MAINTENANCE_INTERVAL_S))
-
-    async def _maintain(self, failing: bool) -> bool:
-        """Run `maintain_tables`; returns whether it failed."""
-        try:
-            await maintain_tables(self._database, self._retention)
-        except Exception as error:  # noqa: BLE001 - any error of a driver: writing must continue
-            if not failing:
-                logger.warning("maintenance of the usage ledger and the traffic history failed, retrying every minute: %s", error)
-            return True
-        return False
-
-    def _write_once(self) -> asyncio.Task[None]:
-        """The write in progress, or a new one: there are never two."""
-        if self._writing is None:
-            self._writing = asyncio.create_task(self._write())
-            self._writing.add_done_callback(self._ended)
-        return self._writing
-
-    def _ended(self, _: asyncio.Task[None]) -> None:
-        self._writing = None
+    async def _maintain(self) -> None:
+        await maintain_tables(self._database, self._retention)
 
     async def _write(self) -> None:
         await self._buffer.add(self.counts.take(), self.counts.take_latency(), now_us())
@@ -182,7 +112,3 @@ class UsageWriter:
         if not self.failing:
             logger.warning("writing usage and traffic failed, they wait in memory and would be lost with this process: %s", error)
         self.failing = True
-
-
-def _jittered(seconds: float) -> float:
-    return seconds * JITTER.uniform(1 - _JITTER, 1 + _JITTER)

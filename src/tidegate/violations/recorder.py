@@ -13,13 +13,12 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from tidegate.background import SUPERVISOR, stop
 from tidegate.catalog.sql.database import Database
 from tidegate.catalog.sql.partitions import PartitionedTable
-from tidegate.jitter import JITTER
 from tidegate.observation import Observation
+from tidegate.periodic_writer import PeriodicWriter
 from tidegate.violations.space_saving import SpaceSaving
 from tidegate.violations.storage import (
     MAX_ROWS,
@@ -36,15 +35,7 @@ logger = logging.getLogger(__name__)
 MAX_ENTRIES: Final = 10_000
 MAX_SUMS: Final = 10_000
 """Maximum number of sums per rule and minute: enough for 100 rules that block in each of 100 minutes."""
-FLUSH_S: Final = 1.5
-"""Time limit of the last write when the process ends: less than the shutdown time of a worker."""
-
 _MINUTE_US: Final = 60_000_000
-_RETENTION_INTERVAL_S: Final = 3600.0
-_RETENTION_RETRY_S: Final = 60.0
-_RETRY_S: Final = 0.1
-_CANCEL_S: Final = 0.2
-_JITTER: Final = 0.1
 _BATCH_SIZE: Final = 500
 """Number of rows processed before yielding to checks, about 0.5 ms."""
 
@@ -144,7 +135,7 @@ class Violations:
         return finished
 
 
-class ViolationWriter:
+class ViolationWriter(PeriodicWriter):
     """Writes the counts of `Violations`, and maintains the table. For use in one event loop.
 
     If the database fails, rows are buffered and added up: at threshold `max_entries` with a subject, beyond which those with the
@@ -169,18 +160,15 @@ class ViolationWriter:
         keep_days: int = 30,
         table: PartitionedTable = TABLE,
     ) -> None:
+        super().__init__(flush_s, f"{table.kind.replace(' ', '_')}_retention", f"the {table.kind} table")
         self._table = table
         self.written = 0
-        self.failing = False
         self._violations = violations
         self._database = database
-        self._flush_s = flush_s
         self._keep_days = keep_days
         self._dropped = 0
         self._buffer: dict[ViolationKey, int] = {}
         self._buffered_sums = 0
-        self._writing: asyncio.Task[None] | None = None
-        self._retention: asyncio.Task[bool] | None = None
 
     @property
     def dropped(self) -> int:
@@ -192,35 +180,7 @@ class ViolationWriter:
         """Number of entries not written yet."""
         return len(self._buffer) + len(self._violations)
 
-    async def run(self) -> None:
-        """Write, and maintain the table, until cancelled. A running operation continues until `flush` ends it."""
-        retention = SUPERVISOR.start(f"{self._table.kind.replace(' ', '_')}_retention", self._maintain_periodically)
-        try:
-            await self._write_periodically()
-        finally:
-            await stop(retention)
-
-    async def flush(self, within_s: float = FLUSH_S) -> None:
-        """Write everything, at the end of the process. Counts not written in time are counted as dropped.
-
-        Args:
-            within_s: time limit, s, plus 0.2 s if the database does not respond to cancellation.
-        """
-        now = asyncio.get_running_loop().time
-        deadline = now() + within_s
-        running: set[asyncio.Task[Any]] = set() if self._retention is None else {self._retention}
-        while (self.pending or self._writing is not None) and now() < deadline:
-            task = self._write_once()
-            done, _ = await asyncio.wait({task}, timeout=deadline - now())
-            if not done:
-                running.add(task)
-            elif self.failing:
-                await asyncio.sleep(min(_RETRY_S, max(deadline - now(), 0)))
-        for task in running:
-            task.cancel()
-        if running:
-            # With a timeout: a driver may wait for a frozen server before it gives up.
-            await asyncio.wait(running, timeout=_CANCEL_S)
+    async def _give_up(self) -> None:
         for key, blocked in self._violations.take().rows():
             self._add(key, blocked)
         lost = sum(self._buffer.values())
@@ -230,38 +190,8 @@ class ViolationWriter:
         self._buffer.clear()
         self._buffered_sums = 0
 
-    async def _write_periodically(self) -> None:
-        while True:
-            await asyncio.sleep(_jittered(self._flush_s))
-            # Cancelling this must neither interrupt a transaction nor wait for a frozen server.
-            await asyncio.shield(self._write_once())
-
-    async def _maintain_periodically(self) -> None:
-        failing = False
-        while True:
-            self._retention = asyncio.create_task(self._maintain(failing))
-            failing = await asyncio.shield(self._retention)
-            await asyncio.sleep(_jittered(_RETENTION_RETRY_S if failing else _RETENTION_INTERVAL_S))
-
-    async def _maintain(self, failing: bool) -> bool:
-        """Run `maintain_table`; returns whether it failed."""
-        try:
-            await maintain_table(self._database, self._keep_days, None, self._table)
-        except Exception as error:  # noqa: BLE001 - any error of a driver: writing must continue
-            if not failing:
-                logger.warning("maintenance of the %s table failed, retrying every minute: %s", self._table.kind, error)
-            return True
-        return False
-
-    def _write_once(self) -> asyncio.Task[None]:
-        """The write in progress, or a new one: there are never two."""
-        if self._writing is None:
-            self._writing = asyncio.create_task(self._write())
-            self._writing.add_done_callback(self._written)
-        return self._writing
-
-    def _written(self, _: asyncio.Task[None]) -> None:
-        self._writing = None
+    async def _maintain(self) -> None:
+        await maintain_table(self._database, self._keep_days, None, self._table)
 
     async def _write(self) -> None:
         await self._collect()
@@ -349,7 +279,3 @@ async def _yielding(items: Iterable[_T]) -> AsyncIterator[_T]:
         yield item
         if number % _BATCH_SIZE == 0:
             await asyncio.sleep(0)
-
-
-def _jittered(seconds: float) -> float:
-    return seconds * JITTER.uniform(1 - _JITTER, 1 + _JITTER)
