@@ -112,7 +112,7 @@ async def test_blocks_in_the_catalog(admin: Admin, monkeypatch: pytest.MonkeyPat
     assert len(later) == 5
 
     monkeypatch.setattr("tidegate.admin.blocks.MAX_BLOCKS", 5)
-    with pytest.raises(CatalogError, match="5 blocks hold, and no more may"):
+    with pytest.raises(CatalogError, match="5 blocks are active, which is the maximum"):
         await create_block(admin.editor, "me", BlockCreate(cidr="198.51.100.1"))
 
 

@@ -74,7 +74,7 @@ async def test_tokens_in_the_catalog(admin: Admin, monkeypatch: pytest.MonkeyPat
     assert "tgc_" not in json.dumps([everything, audit])
 
     monkeypatch.setattr("tidegate.admin.caller_tokens.MAX_LIVE", 2)
-    with pytest.raises(CatalogError, match="2 caller tokens work, and at most 2 may"):
+    with pytest.raises(CatalogError, match="2 caller tokens are active, and at most 2 are possible"):
         await create_caller_token(admin.editor, "me", "third", ["check"])
 
 

@@ -96,7 +96,9 @@ async def create_block(editor: CatalogEditor, actor: str, given: BlockCreate) ->
         await _end_expired(transaction, kind, target, now)
         count = select(func.count()).select_from(blocks).where(blocks.c.ended_at_us.is_(None))
         if (await transaction.connection.execute(count)).scalar_one() >= MAX_BLOCKS:
-            raise CatalogError(f"{MAX_BLOCKS} blocks hold, and no more may: remove some, or block a wider network in their place")
+            raise CatalogError(
+                f"{MAX_BLOCKS} blocks are active, which is the maximum: remove some, or block a wider network instead"
+            )
         await _purge(transaction)
         values: dict[str, Any] = {
             "kind": kind,
@@ -160,7 +162,7 @@ def _target_of(given: BlockCreate) -> tuple[str, str]:
     kinds = [kind for kind, value in named.items() if value is not None]
     if len(kinds) != 1:
         raise BadRequest(
-            f"a block is for exactly one of cidr, api_key_id, customer and attribute, and {len(kinds)} came: send one of them",
+            f"a block needs exactly one of cidr, api_key_id, customer and attribute, not {len(kinds)}: send one of them",
             field=kinds[1] if kinds else CIDR,
         )
     kind = kinds[0]

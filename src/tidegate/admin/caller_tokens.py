@@ -139,7 +139,9 @@ async def _insert(
         await transaction.connection.execute(select(func.count()).select_from(caller_tokens).where(*live_caller_tokens()))
     ).scalar_one()
     if count >= MAX_LIVE:
-        raise CatalogError(f"{count} caller tokens work, and at most {MAX_LIVE} may: revoke those that are not used")
+        raise CatalogError(
+            f"{count} caller tokens are active, and at most {MAX_LIVE} are possible: revoke those that are not used"
+        )
     token = make_caller_token()
     values: dict[str, Any] = {
         "name": name,

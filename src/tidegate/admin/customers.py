@@ -36,7 +36,7 @@ async def create_customer(editor: CatalogEditor, actor: str, request: CustomerCr
     made = Customer.make(request.name, **_own_fields(request))
     async with editor.changing(actor) as transaction:
         if await _row(transaction, request.name) is not None:
-            raise CatalogError(f"there is a customer {request.name!r} already: change it, or take another name")
+            raise CatalogError(f"there is a customer {request.name!r} already: change it, or choose another name")
         tier = None if request.tier is None else await load_tier_row(transaction, request.tier)
         overrides = await overrides_after(transaction, tier, (), request, "customer", changes_tier=False)
         values = row_of_customer(_with(made, tier, overrides), None if tier is None else tier["id"])

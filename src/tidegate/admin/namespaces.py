@@ -71,7 +71,7 @@ async def create_namespace(editor: CatalogEditor, actor: str, name: str, fields:
     async with editor.changing(actor) as transaction:
         entries = await _entries(transaction.connection)
         if any(entry["name"] == made.name for entry in entries):
-            raise CatalogError(f"there is a namespace {made.name!r} already: change that one, or take another name")
+            raise CatalogError(f"there is a namespace {made.name!r} already: change that one, or choose another name")
         if len(entries) >= MAX_NAMESPACES:
             raise CatalogError(f"there are {len(entries)} namespaces, which is the maximum: delete one first")
         entry = changed_entry(None, made, False)

@@ -150,7 +150,7 @@ async def insert_tier(transaction: AuditedTransaction, tier: Tier) -> TierRead:
         CatalogError: if the tier exists.
     """
     if await transaction.one(select(tiers.c.id).where(tiers.c.name == tier.name)) is not None:
-        raise CatalogError(f"there is a tier {tier.name!r} already: change it, or take another name")
+        raise CatalogError(f"there is a tier {tier.name!r} already: change it, or choose another name")
     transaction.touch(TIER, tier.name)
     values = {**policy_rows.row_of_tier(tier), "managed_by_file": False}
     await transaction.connection.execute(insert(tiers).values(values))

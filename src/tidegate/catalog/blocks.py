@@ -2,7 +2,7 @@
 
 All blocks that hold are in memory, so a check that is not blocked costs no query. A change of the catalog that touches blocks
 reads only the rows that were changed since; after a failover, or a gap in the log of changes, all of them are read again. While
-the database does not answer, the blocks read last go on holding, without end. A block ends at its time by itself, on this
+the database does not answer, the last known blocks stay active, without end. A block ends at its time by itself, on this
 process's clock. One event loop.
 """
 
@@ -218,7 +218,7 @@ class Blocks:
         """Read what changed, or all blocks where that is not known.
 
         Raises:
-            CatalogUnavailable: if the catalog does not answer; then those read last go on holding.
+            CatalogUnavailable: if the catalog does not answer; then the last known ones stay active.
         """
         if self._all:
             await self._load_all()
@@ -238,7 +238,7 @@ class Blocks:
                 await self.load()
             except CatalogUnavailable as error:
                 if not self.failing:
-                    logger.warning("blocks cannot be read, those read last go on holding: %s", error)
+                    logger.warning("blocks cannot be read, the last known ones stay active: %s", error)
                 self.failing = True
             else:
                 if self.failing:

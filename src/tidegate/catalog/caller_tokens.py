@@ -2,7 +2,7 @@
 
 All tokens that work are loaded at once: there are few, so an unknown token costs no query, and guesses cannot keep the database
 busy. A change of the catalog that touches tokens loads them again; a token that was touched is not accepted as it was before.
-While the database does not answer, the tokens loaded last go on working for `stale_after_s`, and a token that was touched gets
+While the database does not answer, the last known tokens stay valid for `stale_after_s`, and a token that was touched gets
 503, because its present state is not known. One event loop.
 """
 
@@ -135,7 +135,7 @@ class CallerTokens:
         token = self._by_sha256.get(sha256)
         if token is None:
             if sha256 in self._touched or self._loaded_at is None:
-                raise CatalogUnavailable("the catalog does not answer: whether the caller's token works is not known, try again")
+                raise CatalogUnavailable("the catalog does not answer, so the caller's token cannot be verified: try again")
             return None
         if len(self.by_value) >= _MAX_VALUES:
             self._forget_values()
@@ -167,7 +167,7 @@ class CallerTokens:
         """Load all tokens.
 
         Raises:
-            CatalogUnavailable: if the catalog does not answer; then those loaded last go on working.
+            CatalogUnavailable: if the catalog does not answer; then the last known ones stay valid.
         """
         try:
             while True:
@@ -200,11 +200,11 @@ class CallerTokens:
                 await self.load()
             except CatalogUnavailable as error:
                 if not self._failing:
-                    logger.warning("callers' tokens cannot be loaded, those loaded last go on working: %s", error)
+                    logger.warning("caller tokens cannot be loaded, the last known ones stay valid: %s", error)
                 self._failing = True
             else:
                 if self._failing:
-                    logger.info("callers' tokens loaded again")
+                    logger.info("caller tokens loaded again")
                 self._failing = False
 
     def _forget_values(self) -> None:

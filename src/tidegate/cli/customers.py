@@ -37,7 +37,7 @@ _PATH: Final = f"/{_COMMAND}"
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The customer's name.")]
 TierOption = Annotated[str | None, typer.Option("--tier", help="Tier of its keys without one of their own.")]
-ExternalIdOption = Annotated[str | None, typer.Option("--external-id", help="What other systems call it.")]
+ExternalIdOption = Annotated[str | None, typer.Option("--external-id", help="Its id in other systems, such as cus_42.")]
 AnchorOption = Annotated[
     str | None, typer.Option("--anchor", help="Date on whose day quota periods begin, such as 2026-01-31; the 1st by default.")
 ]
@@ -151,8 +151,8 @@ def create(
 @app.command("list")
 def list_all(
     tier: Annotated[str | None, typer.Option("--tier", help="Only customers of this tier.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="At most so many.")] = 100,
-    after: Annotated[str | None, typer.Option("--after", help="Go on after this name.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Maximum number of entries.")] = 100,
+    after: Annotated[str | None, typer.Option("--after", help="Continue after this name.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
     ca: CaOption = None,

@@ -22,8 +22,8 @@ def upgrade(config: ConfigOption = None) -> None:
 
 @app.command("downgrade")
 def downgrade(
-    revision: Annotated[str, typer.Argument(help="Where to go back to, such as 0002.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    revision: Annotated[str, typer.Argument(help="Revision to go back to, such as 0002.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     config: ConfigOption = None,
 ) -> None:
     """Downgrade the database's schema; tables and columns of later revisions are dropped with their data."""

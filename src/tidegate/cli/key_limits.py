@@ -32,7 +32,7 @@ UntilOption = Annotated[
     typer.Option(
         "--until",
         help="When the limits end by themselves: a date such as 2026-12-04 (00:00 UTC), or a time such as "
-        "2026-12-04T12:00:00+01:00; never where not given.",
+        "2026-12-04T12:00:00+01:00; default: never.",
     ),
 ]
 

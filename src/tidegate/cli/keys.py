@@ -45,11 +45,11 @@ class Status(enum.StrEnum):
 
 @app.command("create")
 def create(
-    tier: Annotated[str | None, typer.Option("--tier", help="The key's tier; that of its customer where not given.")] = None,
+    tier: Annotated[str | None, typer.Option("--tier", help="The key's tier; default: that of its customer.")] = None,
     customer: Annotated[str | None, typer.Option("--customer", help="The customer that owns the key.")] = None,
     name: Annotated[str, typer.Option("--name", help="A label for people.")] = "",
     expires_in: Annotated[
-        str | None, typer.Option("--expires-in", help="Lifetime, such as 90d or 12h; for ever where not given.")
+        str | None, typer.Option("--expires-in", help="Lifetime, such as 90d or 12h; by default it does not expire.")
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
@@ -132,10 +132,10 @@ def import_file(
 def list_keys(
     tier: Annotated[str | None, typer.Option("--tier", help="Only the keys of this tier.")] = None,
     customer: Annotated[str | None, typer.Option("--customer", help="Only the keys of this customer.")] = None,
-    status: Annotated[Status | None, typer.Option("--status", help="Only these.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Only those with this in their name, in any case.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="At most so many.")] = 100,
-    after: Annotated[str | None, typer.Option("--after", help="Go on after this id.")] = None,
+    status: Annotated[Status | None, typer.Option("--status", help="Only keys with this status.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Only keys whose name contains this, in any case.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Maximum number of entries.")] = 100,
+    after: Annotated[str | None, typer.Option("--after", help="Continue after this id.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
@@ -221,7 +221,7 @@ def show(
 @app.command("revoke")
 def revoke(
     key: KeyArgument,
-    reason: Annotated[str, typer.Option("--reason", help="Why, for those who look later.")],
+    reason: Annotated[str, typer.Option("--reason", help="Reason, for the audit log.")],
     url: UrlOption = None,
     token_file: TokenFileOption = None,
     ca: CaOption = None,
@@ -248,7 +248,7 @@ def rotate(
     key: KeyArgument,
     grace: Annotated[
         str | None,
-        typer.Option("--grace", help="How long the old key still works, such as 1h or 7d; it is revoked now where not given."),
+        typer.Option("--grace", help="How long the old key still works, such as 1h or 7d; default: it is revoked now."),
     ] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,

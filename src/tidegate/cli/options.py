@@ -11,15 +11,15 @@ UrlOption = Annotated[
     str | None,
     typer.Option(
         "--url",
-        help="Ask the control plane at this URL, such as http://127.0.0.1:8082 ([server] admin) or https://…; "
-        "where not given, the database ([catalog] url).",
+        help="URL of the control plane, such as http://127.0.0.1:8082 ([server] admin) or https://…; "
+        "default: work in the database ([catalog] url).",
     ),
 ]
 TokenFileOption = Annotated[
     Path | None,
     typer.Option(
         "--token-file",
-        help="For --url: a file that holds the token; TIDEGATE_ADMIN__TOKEN ([admin] token) where not given. "
+        help="For --url: file with the token; default: TIDEGATE_ADMIN__TOKEN ([admin] token). "
         "There is no option for the token itself: everyone on the machine would see it in the list of processes.",
     ),
 ]

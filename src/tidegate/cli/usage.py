@@ -51,7 +51,9 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, complete or not at all; default: stdout.")
     ] = None,
-    customer: Annotated[str | None, typer.Option("--customer", help="Only this customer; '' for units of none.")] = None,
+    customer: Annotated[
+        str | None, typer.Option("--customer", help="Only this customer; '' for units without a customer.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option("--api-key", metavar="ID", help="Only the key with this id.")] = None,
     url: UrlOption = None,
     token_file: TokenFileOption = None,

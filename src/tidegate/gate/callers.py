@@ -182,7 +182,7 @@ class CallerLookup:
             return own
         default = await self._catalog.anonymous()
         if default is None:
-            raise MissingApiKey("no API key came: send it as the X-API-Key header")
+            raise MissingApiKey("no API key was sent: send it as the X-API-Key header")
         return default
 
     def find_cached(self, api_key: str | None) -> Caller | None:

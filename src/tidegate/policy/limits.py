@@ -140,7 +140,7 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
             return cls(_whole(slots[1], "number of requests", text), US_PER_S, concurrent=True)
         if match is None:
             raise PolicyError(
-                f"limit {short(text)} is not understood: write '100/minute', '30/90s', '1000/month', '500/week' "
+                f"limit {short(text)} is not understood: write '100/minute', '30/90s', '1000/month', '500/week', "
                 "'100/minute burst 20' or '20 concurrent'"
             )
         amount_text, count_text, unit, burst_text = match.groups()
