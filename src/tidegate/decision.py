@@ -71,9 +71,6 @@ class Check(msgspec.Struct, frozen=True, gc=False):
             attributes: values by name, or pairs of name and value; None and empty values count as absent.
             tier: name of the caller's tier; None where the policy is to decide. Not together with an API key.
 
-        Returns:
-            The check.
-
         Raises:
             BadRequest: naming the field, its value and the remedy.
         """
@@ -224,10 +221,6 @@ _MAX_HEADER_PARTS: Final = 4096
 
 def header_parts(limits: LimitSet, binding: Limit) -> tuple[tuple[str, str], str, tuple[str, str]]:
     """What the headers of all decisions by one limit have in common.
-
-    Args:
-        limits: of the decision.
-        binding: its limit.
 
     Returns:
         The header `RateLimit-Policy`, the first part of the value of `RateLimit`, and the header `X-RateLimit-Limit`.

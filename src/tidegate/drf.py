@@ -44,20 +44,11 @@ class RateThrottle(BaseThrottle):  # type: ignore[misc]
         self.decision: Decision | None = None
 
     def get_key(self, request: Any, view: Any) -> str | None:
-        """Whom to count; None for requests that this throttle does not count.
-
-        Args:
-            request: of REST framework.
-            view: that answers it.
-        """
+        """Whom to count; None for requests that this throttle does not count."""
         raise NotImplementedError(f"{type(self).__name__} needs a method get_key(request, view)")
 
     def get_rate(self, view: Any) -> str | None:  # noqa: ARG002 - for subclasses
-        """The limits of a request; None for no limit.
-
-        Args:
-            view: that answers it.
-        """
+        """The limits of a request; None for no limit."""
         if self.rate is not None:
             return self.rate
         if self.scope is None:

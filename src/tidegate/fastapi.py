@@ -13,11 +13,7 @@ __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "document_limits", "exemp
 
 
 def document_limits(app: Any) -> None:
-    """Show the response 429 in the OpenAPI description of every endpoint with a limit; call it once, at any time.
-
-    Args:
-        app: a FastAPI app.
-    """
+    """Show the response 429 in the OpenAPI description of every endpoint with a limit; call it once, at any time."""
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -77,9 +77,6 @@ def client_of(ip: object) -> str:
     Args:
         ip: IPv4 or IPv6 address.
 
-    Returns:
-        The client.
-
     Raises:
         BadRequest: if it is no address.
     """

@@ -24,9 +24,6 @@ def retry_pause_s(retry_after_s: float | None, remaining_s: float) -> float | No
 def checked_wait_s(at_most_s: float) -> float:
     """How long a caller waits at most.
 
-    Args:
-        at_most_s: seconds.
-
     Raises:
         BadRequest: if it is negative or not a number.
     """

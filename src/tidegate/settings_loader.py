@@ -47,9 +47,6 @@ def load_settings(file: Path | None, environment: Mapping[str, str]) -> Settings
         file: the TOML file; None for `tidegate.toml` if that exists.
         environment: variables; those named `TIDEGATE_SECTION__KEY` override the file.
 
-    Returns:
-        The settings.
-
     Raises:
         SettingsError: naming the setting, its value and the remedy.
     """

@@ -124,9 +124,6 @@ async def list_customers(
 ) -> Page[CustomerRead]:
     """Customers by name.
 
-    Args:
-        name_prefix: beginning of the name.
-
     Raises:
         CatalogUnavailable: if the database does not answer.
     """

@@ -73,9 +73,6 @@ class KeyImportResult(ResponseModel):
 async def import_keys(editor: CatalogEditor, actor: str, request: KeyImportRequest) -> KeyImportResult:
     """Import a batch.
 
-    Args:
-        request: the batch.
-
     Returns:
         How many keys are new, how many existed, and what is wrong with each other row.
 

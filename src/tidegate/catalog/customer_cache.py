@@ -23,11 +23,7 @@ _MAX_ATTEMPTS: Final = 3
 
 
 class CustomerCache:
-    """Cached customers. A part of `CachedCatalog`, which loads and invalidates them.
-
-    Args:
-        cached: of which it is a part.
-    """
+    """Cached customers. A part of `CachedCatalog`, which loads and invalidates them."""
 
     def __init__(self, cached: CachedCatalog) -> None:
         self._cached = cached

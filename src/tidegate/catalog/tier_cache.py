@@ -25,9 +25,6 @@ _MAX_ATTEMPTS: Final = 3
 class TierCache:
     """Cached tiers. A part of `CachedCatalog`.
 
-    Args:
-        cached: of which it is a part.
-
     Attributes:
         tiers: the entries by name.
         names: the names of all tiers, as one entry.

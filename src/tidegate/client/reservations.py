@@ -74,9 +74,6 @@ class PlaceRequest:
 def cancel_steps(core: ClientCore, reservation: str) -> Steps[bool]:
     """Steps that give a place back.
 
-    Args:
-        reservation: its id.
-
     Raises:
         BadRequest: if the id has characters that no id has.
     """

@@ -149,9 +149,6 @@ class LocalShares:
     def oldest(self, count: int) -> list[tuple[LimitSet, str]]:
         """Some of what is owed, the oldest first.
 
-        Args:
-            count: most of them.
-
         Returns:
             Limits and subject of each.
         """

@@ -201,11 +201,7 @@ class LateAnswers:
             self.prepaid.popitem(last=False)
 
     async def close(self, timeout_s: float) -> None:
-        """Wait for the answers still to come; those that do not come count as lost.
-
-        Args:
-            timeout_s: how long.
-        """
+        """Wait for the answers still to come; those that do not come count as lost."""
         if self._waiting:
             await asyncio.wait(tuple(self._waiting), timeout=timeout_s)
         waiting = tuple(self._waiting)

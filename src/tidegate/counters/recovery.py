@@ -69,24 +69,14 @@ class Breakers:
         return {shard: breaker.why for shard, breaker in self.by_shard.items() if breaker.state is not BreakerState.CLOSED}
 
     def admit(self, shards: Sequence[str], now: float) -> bool:
-        """Whether a charge may be made; where a breaker is half open it is the probe, for all its shards or none.
-
-        Args:
-            shards: those that count it.
-            now: monotonic s.
-        """
+        """Whether a charge may be made; where a breaker is half open it is the probe, for all its shards or none."""
         breakers = [self.by_shard[shard] for shard in shards if shard in self.by_shard]
         if any(breaker.state is not BreakerState.CLOSED and not breaker.is_due(now) for breaker in breakers):
             return False
         return all(breaker.admits(now) for breaker in breakers)
 
     def succeeded(self, shard: str, now: float) -> None:
-        """A shard answered.
-
-        Args:
-            shard: its address.
-            now: monotonic s.
-        """
+        """A shard answered."""
         breaker = self.by_shard.get(shard)
         if breaker is not None:
             if breaker.state is not BreakerState.CLOSED:
@@ -94,13 +84,7 @@ class Breakers:
             breaker.succeeded(now)
 
     def failed(self, shard: str, error: StoreUnavailable, now: float) -> None:
-        """A call failed.
-
-        Args:
-            shard: its address.
-            error: why.
-            now: monotonic s.
-        """
+        """A call failed."""
         breaker = self.by_shard.get(shard)
         if breaker is None:
             if len(self.by_shard) >= _MAX_BREAKERS:
@@ -118,11 +102,7 @@ class Breakers:
             )
 
     def release(self, shards: Sequence[str]) -> None:
-        """A probe failed on another shard: it has no outcome for these.
-
-        Args:
-            shards: their addresses.
-        """
+        """A probe failed on another shard: it has no outcome for these."""
         for shard in shards:
             if (breaker := self.by_shard.get(shard)) is not None:
                 breaker.release()

@@ -161,9 +161,6 @@ class ReservationHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unk
         Args:
             text: as a caller sent it.
 
-        Returns:
-            The handle.
-
         Raises:
             BadRequest: if it is not an id of a reservation.
         """

@@ -126,9 +126,6 @@ def counted_client(text: str, peer: str) -> str:
     Args:
         text: as `TrustedProxies.client` returns it.
         peer: counted where the text is no address.
-
-    Returns:
-        The subject.
     """
     address = str(address_or_none(text) or counted_peer(peer))  # a limiter does not take the subclass PeerName
     return ipv6_client(address) if ":" in address else address

@@ -133,11 +133,7 @@ class FlatRoute:
 
 
 def flat_routes(routes: Iterable[Any]) -> Iterator[FlatRoute]:
-    """All routes of an app, those of included routers among them; mounted apps keep theirs as children.
-
-    Args:
-        routes: of the app.
-    """
+    """All routes of an app, those of included routers among them; mounted apps keep theirs as children."""
     for route in routes:
         contexts = getattr(route, "effective_route_contexts", None)  # FastAPI's routers that were included
         for each in [route] if contexts is None else contexts():

@@ -123,9 +123,6 @@ class Explanation(msgspec.Struct, frozen=True):
 async def explain(store: CounterStore, caller: Caller, check: Check) -> Explanation:
     """Explain the answer to a check of a caller. Charges nothing.
 
-    Args:
-        caller: whose check it is.
-
     Returns:
         The explanation. While the store is unavailable, its counters have no numbers.
     """

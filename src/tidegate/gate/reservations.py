@@ -117,9 +117,6 @@ class Reservations:
     async def cancel(self, reservation: object) -> bool:
         """Give a place back before its moment. Idempotent.
 
-        Args:
-            reservation: its id.
-
         Returns:
             Whether all its units are available again, each time as the first time; False after its moment, and where places
             behind it depend on them (see `tidegate.algorithms.reservations`).

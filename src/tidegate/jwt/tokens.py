@@ -38,9 +38,6 @@ class Tokens:
     def verifier(self, policy: CallerPolicy) -> JwtVerifier | None:
         """The verifier of a policy; made anew only if its `[jwt]` or the claims that it reads changed.
 
-        Args:
-            policy: the active one.
-
         Returns:
             None where the policy has no `[jwt]`.
         """

@@ -23,12 +23,7 @@ _Job = tuple[asyncio.Future[object], Callable[[], object]]
 
 
 class VerificationQueue:
-    """A bounded queue that serves clients in turn. One event loop.
-
-    Args:
-        max_waiting: jobs in all.
-        max_per_client: jobs of one client.
-    """
+    """A bounded queue that serves clients in turn. One event loop."""
 
     def __init__(self, max_waiting: int = MAX_WAITING, max_per_client: int = MAX_WAITING_PER_CLIENT) -> None:
         self._max_waiting = max_waiting

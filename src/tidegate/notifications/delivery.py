@@ -75,14 +75,7 @@ def post(url: str, key: bytes, message_id: str, timestamp_s: int, body: bytes, t
 
 
 async def in_daemon_thread(work: Callable[[], _T]) -> _T:
-    """Run blocking work in a thread that does not delay the end of the process.
-
-    Args:
-        work: what to do.
-
-    Returns:
-        Its result.
-    """
+    """Run blocking work in a thread that does not delay the end of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 

@@ -80,9 +80,6 @@ class AttributeSource(msgspec.Struct, frozen=True, gc=False):
             name: of the attribute.
             source: such as `header:X-User-Id` or `jwt:org_id`.
 
-        Returns:
-            The source.
-
         Raises:
             PolicyError: naming the name or the source, and the remedy.
         """

@@ -18,13 +18,6 @@ def short(value: object) -> str:
 def member_of(kind: type[_E], value: object, field: str) -> _E:
     """The member of an enumeration that a policy names.
 
-    Args:
-        kind: the enumeration.
-        field: for the message.
-
-    Returns:
-        The member.
-
     Raises:
         PolicyError: naming the field, the value and the choices.
     """

@@ -69,9 +69,6 @@ class JwtPolicy(msgspec.Struct, frozen=True, gc=False):
         Args:
             jwks: see the class; so are all others. `audience` may be one text.
 
-        Returns:
-            The record.
-
         Raises:
             PolicyError: naming the field, its value and the remedy.
         """

@@ -129,9 +129,6 @@ class Limit(msgspec.Struct, frozen=True, gc=False):
         Args:
             text: the limit as written in a policy.
 
-        Returns:
-            The limit.
-
         Raises:
             PolicyError: naming the text and the forms that are understood.
         """
@@ -355,9 +352,6 @@ def fit_limits(algorithm: AnyAlgorithm, limits: Iterable[Limit]) -> tuple[Limit,
 
 def split_limits(limits: Iterable[Limit]) -> tuple[tuple[Limit, ...], Limit | None]:
     """The limits of a rule by how they count.
-
-    Args:
-        limits: of the rule.
 
     Returns:
         The limits per window, and that of requests in progress; None where there is none.

@@ -213,9 +213,6 @@ class CompiledTier:
         Args:
             method: upper-case HTTP method.
             path: canonical path.
-
-        Returns:
-            The rules.
         """
         if not self.has_shadow_rules:
             return ()

@@ -74,9 +74,6 @@ class Tier(msgspec.Struct, frozen=True, gc=False):
             quotas: quotas or their texts.
             overage: an `Overage`, or what `Overage.parse` reads.
 
-        Returns:
-            The tier.
-
         Raises:
             PolicyError: naming what is wrong and the remedy.
         """

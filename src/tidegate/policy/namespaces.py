@@ -96,9 +96,6 @@ class Namespace(msgspec.Struct, frozen=True, gc=False):
 class CompiledNamespace:
     """A namespace with its limits ready to be counted.
 
-    Args:
-        namespace: validated.
-
     Attributes:
         limits: of subjects without an override; None where the request has to bring limits.
     """

@@ -38,9 +38,6 @@ def parse_network(text: object) -> Network:
         text: `203.0.113.0/24`, `203.0.113.7`, `2001:db8::/48`; an IPv6 address without a prefix length is its /64, as limits
             count it. An IPv4 network mapped into IPv6 becomes IPv4.
 
-    Returns:
-        The network.
-
     Raises:
         PolicyError: naming the text and the remedy.
     """

@@ -79,9 +79,6 @@ class NotifyTarget(msgspec.Struct, frozen=True, gc=False):
         Args:
             url: see the class; so are all others.
 
-        Returns:
-            The target.
-
         Raises:
             PolicyError: naming the field, its value and the remedy.
         """
@@ -124,11 +121,7 @@ class NotifyTarget(msgspec.Struct, frozen=True, gc=False):
         return event in self.events and (tier is None or not self.tiers or tier in self.tiers)
 
     def percents_of(self, limits: LimitSet, limit: Limit) -> tuple[int, ...]:
-        """The percentages of a limit at which this target is notified.
-
-        Args:
-            limits: that the limit belongs to.
-        """
+        """The percentages of a limit at which this target is notified."""
         tier, rule = limits.tier, limits.rule
         if tier is None or limits.shadow or limits.algorithm is Algorithm.LEAKY_BUCKET:
             return ()

@@ -67,9 +67,6 @@ class PathRules(msgspec.Struct, frozen=True):
             encoded_slashes: patterns such as `/projects/*`.
             decode_unreserved: whether `%7E` is read as `~`.
 
-        Returns:
-            The rules.
-
         Raises:
             SettingsError: naming a pattern that no path can match.
         """

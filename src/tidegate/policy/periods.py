@@ -85,9 +85,6 @@ class PeriodAnchor(msgspec.Struct, frozen=True, gc=False):
                 weekday. None for months that begin on the 1st, years in January and weeks on Monday.
             timezone: see the class.
 
-        Returns:
-            The anchor.
-
         Raises:
             PolicyError: naming the value and the remedy.
         """
@@ -157,9 +154,6 @@ def zone_of(timezone: object) -> datetime.tzinfo:
 
     Args:
         timezone: name in the IANA database.
-
-    Returns:
-        The zone.
 
     Raises:
         PolicyError: if there is none of that name.

@@ -53,9 +53,6 @@ class Quota(msgspec.Struct, frozen=True, gc=False):
         Args:
             text: the quota as written in a policy.
 
-        Returns:
-            The quota.
-
         Raises:
             PolicyError: naming the text and the forms that are understood.
         """

@@ -131,9 +131,6 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
             clear_on_success: true or false.
             penalty: durations.
 
-        Returns:
-            The rule.
-
         Raises:
             PolicyError: naming the field, its value and the remedy.
         """

@@ -38,9 +38,6 @@ def subject_override(rule: Rule, subject: object, limits: Iterable[Limit | str],
         limits: limits or their texts.
         until_us: µs since the epoch (UTC) from which it no longer applies; None for never.
 
-    Returns:
-        The override.
-
     Raises:
         PolicyError: naming what is wrong and the remedy.
     """
@@ -82,11 +79,7 @@ def _names_of(rule: Rule) -> tuple[str, ...]:
 
 
 class OverrideFit:
-    """Which overrides can apply to the rules of a tier, which may have changed since they were written.
-
-    Args:
-        rules: of the tier.
-    """
+    """Which overrides can apply to the rules of a tier, which may have changed since they were written."""
 
     __slots__ = ("_fits", "_names", "_rules")
 
@@ -173,11 +166,7 @@ def override_id(rule: str, subject: Mapping[str, str]) -> str:
 
 
 class RuleOverrides:
-    """The overrides of one rule, found by subject.
-
-    Args:
-        overrides: that fit it.
-    """
+    """The overrides of one rule, found by subject."""
 
     __slots__ = ("_exact", "_open")
 

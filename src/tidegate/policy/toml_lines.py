@@ -27,11 +27,7 @@ _STRING: Final = re.compile(rf"""{_TEXT}(?:"{{3,5}}|'{{3,5}})|{_QUOTED}""", re.D
 
 
 class LineIndex:
-    """The 1-based line of every table and key of a TOML text that `tomllib` has accepted.
-
-    Args:
-        text: the TOML text.
-    """
+    """The 1-based line of every table and key of a TOML text that `tomllib` has accepted."""
 
     def __init__(self, text: str) -> None:
         self._lines: dict[Path, int] = {(): 1}

@@ -82,11 +82,6 @@ def read_subject_overrides(
 ) -> tuple[SubjectOverride, ...]:
     """The tables `overrides` of a tier: other limits for some subjects of its rules.
 
-    Args:
-        reader: of the file.
-        table: of the tier.
-        at: its path.
-
     Raises:
         PolicyError: with file, line and reason.
     """

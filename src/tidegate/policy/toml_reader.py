@@ -84,9 +84,6 @@ def load_policy(path: Path) -> Policy:
     Args:
         path: the file, or a link to it.
 
-    Returns:
-        The policy.
-
     Raises:
         PolicyError: with file, line and reason.
     """
@@ -98,9 +95,6 @@ def read_policy_text(path: Path) -> str:
 
     Args:
         path: the file, or a link to it.
-
-    Returns:
-        Its text.
 
     Raises:
         PolicyError: if it cannot be read, is larger than 10 MB or is not UTF-8.
@@ -123,13 +117,6 @@ def read_policy_text(path: Path) -> str:
 
 def parse_policy(text: str, file: str | None = None) -> Policy:
     """Read the text of a policy file.
-
-    Args:
-        text: TOML.
-        file: path for messages.
-
-    Returns:
-        The policy.
 
     Raises:
         PolicyError: with file, line and reason.

@@ -18,9 +18,6 @@ MAX_RULES_FOR_ALL: Final = 16
 def policy_warnings(policy: Policy) -> list[str]:
     """What is valid in a policy but surely not meant.
 
-    Args:
-        policy: a valid policy.
-
     Returns:
         One sentence each: rules that can never answer, limits that can never bind, tiers without callers or limits, plans that
         are written as limits (months and years that do not start anew with the calendar, a `/*` that other rules escape).

@@ -33,9 +33,6 @@ def control_plane(
         what_if: the runs of what-if.
         system: reports on the instance, see `system_report`.
         demo_token: signs in browsers on this machine without a token; None for none.
-
-    Returns:
-        The door.
     """
     console = None
     if settings.admin.console:

@@ -103,10 +103,6 @@ class Listener:
 class UnixSocket:
     """A bound unix socket.
 
-    Args:
-        address: `unix:/path`.
-        mode: permissions.
-
     Raises:
         SettingsError: if it cannot be bound.
     """
@@ -138,9 +134,6 @@ class UnixSocket:
 
 def require_free_path(address: str) -> None:
     """Check that a unix socket can be bound: nothing is there, or the socket of a process that no longer runs.
-
-    Args:
-        address: `unix:/path`.
 
     Raises:
         SettingsError: naming the address and the remedy.

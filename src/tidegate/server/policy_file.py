@@ -71,11 +71,6 @@ class PolicyFile:
     async def apply(self, policy: Policy, cached: CachedCatalog, poll: Callable[[], Awaitable[object]]) -> None:
         """Apply a policy that was read from the file.
 
-        Args:
-            policy: of the file.
-            cached: see `watch`.
-            poll: see `watch`.
-
         Raises:
             CatalogError: if the catalog refuses it.
             PolicyError: if a secret that it names is not there.

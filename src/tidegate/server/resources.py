@@ -11,11 +11,7 @@ from tidegate.telemetry.health import Health
 
 
 class Resources:
-    """Resources, tasks and reloads of an instance.
-
-    Args:
-        health: reports the components.
-    """
+    """Resources, tasks and reloads of an instance."""
 
     def __init__(self, health: Health) -> None:
         self._health = health

@@ -52,11 +52,7 @@ def ignore_signals() -> None:
 
 @contextlib.contextmanager
 def reloading(reload: Callable[[], None]) -> Iterator[None]:
-    """Within the block SIGHUP reloads, in the running event loop; before and after it is ignored.
-
-    Args:
-        reload: called for each SIGHUP.
-    """
+    """Within the block SIGHUP reloads, in the running event loop; before and after it is ignored."""
     ignore_signals()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, reload)

@@ -53,9 +53,6 @@ async def open_catalog(settings: Settings, channel: Channel | None = None) -> Sq
     Args:
         channel: where its changes are announced.
 
-    Returns:
-        The catalog.
-
     Raises:
         SettingsError: if a database cannot be opened, or its API keys were hashed in another way than `[keys]` says.
     """
@@ -68,9 +65,6 @@ async def open_catalog(settings: Settings, channel: Channel | None = None) -> Sq
 @contextlib.asynccontextmanager
 async def opened_catalog(settings: Settings) -> AsyncIterator[SqlCatalog]:
     """The catalog for a command that ends soon: what it changes is announced, and it reads from the primary alone.
-
-    Yields:
-        The catalog.
 
     Raises:
         SettingsError: if the database cannot be opened, or its API keys were hashed in another way than `[keys]` says.
@@ -161,9 +155,6 @@ async def open_blocks(settings: Settings, catalog: SqlCatalog, cached: CachedCat
         catalog: where the blocks are stored.
         cached: passes the changes of the catalog on to the blocks: `cached.blocks`, whose `run` keeps them up to date.
 
-    Returns:
-        The blocks.
-
     Raises:
         CatalogUnavailable: if they cannot be read.
     """
@@ -240,14 +231,7 @@ async def open_callers_auth(settings: Settings, catalog: SqlCatalog, cached: Cac
 
 
 def database_options(settings: CatalogSettings) -> DatabaseOptions:
-    """How the catalog's databases are used.
-
-    Args:
-        settings: of the catalog.
-
-    Returns:
-        The options.
-    """
+    """How the catalog's databases are used."""
     return DatabaseOptions(settings.replicas, settings.pool_size, settings.timeout_s, settings.max_replica_lag_s)
 
 

@@ -23,12 +23,7 @@ PING_INTERVAL_S: Final = 1.0
 
 
 class RedisChannel:
-    """One channel of a Redis.
-
-    Args:
-        store: of this process.
-        name: of the channel.
-    """
+    """One channel of a Redis."""
 
     def __init__(self, store: RedisCounters, name: str = CATALOG) -> None:
         self._store = store
@@ -42,11 +37,7 @@ class RedisChannel:
         return self._subscribed and self._connection is not None and self._connection.up
 
     async def announce(self, version: int) -> None:
-        """Announce a catalog version to all instances.
-
-        Args:
-            version: the catalog version.
-        """
+        """Announce a catalog version to all instances."""
         try:
             await self._store.start()
             await self._store.call(self._name.encode(), "PUBLISH", self._name, str(version))

@@ -120,9 +120,6 @@ class RedisCommands:
             tag: of the command's keys.
             parts: the command.
 
-        Returns:
-            The reply.
-
         Raises:
             StoreUnavailable: if there is none.
         """
@@ -130,12 +127,6 @@ class RedisCommands:
 
     async def run(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[str]) -> Any:
         """Run a script on the shard of a hash tag, redirections followed.
-
-        Args:
-            tag: of all its keys.
-
-        Returns:
-            The reply.
 
         Raises:
             StoreUnavailable: if there is none.

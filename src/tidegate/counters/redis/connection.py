@@ -83,9 +83,6 @@ class Connection(Pipeline):
     async def wait_up(self, timeout_s: float) -> bool:
         """Wait until it is connected.
 
-        Args:
-            timeout_s: how long.
-
         Returns:
             Whether it is.
         """

@@ -39,12 +39,6 @@ class Beat(msgspec.Struct, frozen=True):
 async def beat(store: RedisCounters, instance: str) -> Beat:
     """Send the heartbeat of an instance.
 
-    Args:
-        instance: its unique name.
-
-    Returns:
-        The result.
-
     Raises:
         StoreUnavailable: if the store does not answer.
     """

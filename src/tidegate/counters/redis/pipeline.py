@@ -136,9 +136,6 @@ class Pipeline(asyncio.Protocol):
         Args:
             command: one command in RESP.
 
-        Returns:
-            The reply.
-
         Raises:
             StoreUnavailable: if the connection is lost first, as it is when replies are overdue for too long.
         """
@@ -311,9 +308,6 @@ async def reply_whenever(sent: asyncio.Future[Any]) -> Any:
 
     Args:
         sent: as `Connection.send` returned it.
-
-    Returns:
-        The reply.
 
     Raises:
         StoreUnavailable: if the connection is lost first.

@@ -79,9 +79,6 @@ async def await_late_answer(late: LateAnswer) -> Decision:
     Args:
         late: as the store raised it.
 
-    Returns:
-        The decision.
-
     Raises:
         StoreUnavailable: if the answer cannot come any more, or is none.
     """

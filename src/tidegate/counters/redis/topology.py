@@ -90,12 +90,7 @@ class Topology(Protocol):
 
 
 class Standalone:
-    """One server, or the one that sentinels name as the master.
-
-    Args:
-        url: what to connect to.
-        options: of the connections.
-    """
+    """One server, or the one that sentinels name as the master."""
 
     sharded = False
 
@@ -206,12 +201,7 @@ class Standalone:
 
 
 class Cluster:
-    """The masters of a Redis Cluster.
-
-    Args:
-        url: some of its nodes.
-        options: of the connections.
-    """
+    """The masters of a Redis Cluster."""
 
     sharded = True
 
@@ -367,10 +357,6 @@ class Cluster:
 
 def open_topology(url: RedisUrl, options: ConnectionOptions) -> Topology:
     """The topology of a URL; call it inside the event loop that will use it.
-
-    Args:
-        url: what to connect to.
-        options: of the connections.
 
     Returns:
         It connects in the background.

@@ -141,12 +141,6 @@ class RedisUrl(msgspec.Struct, frozen=True):
 def parse_redis_url(url: str) -> RedisUrl:
     """Read a Redis URL.
 
-    Args:
-        url: in one of the forms above.
-
-    Returns:
-        Its parts.
-
     Raises:
         SettingsError: naming the part that is not valid; never the password.
     """

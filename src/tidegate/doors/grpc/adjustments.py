@@ -29,10 +29,6 @@ def adjusts(request: Any, forced_entry: bytes) -> bool:
 def take_sign(descriptor: Any, forced_entry: bytes) -> int:
     """Remove the entry that forces a charge from a descriptor.
 
-    Args:
-        descriptor: of the request.
-        forced_entry: key of the entry.
-
     Returns:
         `CHARGE` if it was there, `OUTCOME` if its value is `status`, `REFUND` for negative hits with or without it, 0 for a
         descriptor that is decided.

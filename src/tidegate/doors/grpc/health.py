@@ -32,9 +32,6 @@ class HealthService:
     def check(self, payload: bytes) -> bytes:
         """Answer `Check`.
 
-        Args:
-            payload: a `HealthCheckRequest`.
-
         Returns:
             A `HealthCheckResponse`.
 
@@ -48,10 +45,6 @@ class HealthService:
 
     def watch(self, call_id: int, payload: bytes) -> None:
         """Begin a `Watch`: send the state now and after each change.
-
-        Args:
-            call_id: id of the stream.
-            payload: a `HealthCheckRequest`.
 
         Raises:
             CallRefused: if the message is invalid, or too many streams are open.

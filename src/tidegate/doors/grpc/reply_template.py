@@ -34,9 +34,6 @@ _TEMPLATES: Final[dict[tuple[LimitSet, int], _Template | None]] = {}
 def allowed_reply(decision: Decision) -> bytes | None:
     """The answer for one descriptor that passes; None where it has to be built from message objects.
 
-    Args:
-        decision: an allowed one.
-
     Returns:
         A `RateLimitResponse`.
     """

@@ -117,9 +117,6 @@ class RateLimitService:
     def answer_now(self, payload: bytes) -> bytes | Coroutine[Any, Any, bytes]:
         """Answer one request; nothing is awaited for one descriptor with a path where the gate decides at once.
 
-        Args:
-            payload: a `RateLimitRequest`.
-
         Returns:
             A `RateLimitResponse`, or a coroutine that returns it; until it is awaited nothing is charged.
 

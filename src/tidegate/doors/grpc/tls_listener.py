@@ -242,11 +242,7 @@ class GrpcTlsListener:
 
 
 def peer_names(context: Any) -> tuple[str, ...]:
-    """The names in the certificate of a call's client, see `certificate_names`; empty without one.
-
-    Args:
-        context: of the call.
-    """
+    """The names in the certificate of a call's client, see `certificate_names`; empty without one."""
     found: dict[str, Sequence[bytes]] = context.auth_context()
     return certificate_names((kind, value.decode("utf-8", "replace")) for key, kind in _KINDS for value in found.get(key, ()))
 
