@@ -12,7 +12,7 @@ import pytest
 from tests.rsgi import call
 from tests.unit.test_token_attributes import STRANGER, app, data_plane, token
 from tidegate.client.bodies import check_body
-from tidegate.client.core import _error, _ErrorBody, _ErrorFields
+from tidegate.client.replies import _error, _ErrorBody, _ErrorFields
 from tidegate.decision import Check
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.http import MAX_CHECK_BYTES, DataPlane

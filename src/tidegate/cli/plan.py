@@ -21,55 +21,63 @@ from tidegate.tools.terminal import open_console
 _MAX_RPS = 1e9
 _MAX_KEYS = 1e12
 
+DauOption = Annotated[
+    str | None, typer.Option("--dau", metavar="N", help="Daily users: 10M, 500k, 1.5M, 2000000.", show_default=False)
+]
+RpsOption = Annotated[
+    str | None, typer.Option("--rps", metavar="N", help="Requests/s in the peak second, if known: 35k.", show_default=False)
+]
+KeysOption = Annotated[
+    str | None, typer.Option("--keys", metavar="N", help="Live counters, if known; default: 10 a user.", show_default=False)
+]
+RequestsPerUserOption = Annotated[
+    str | None,
+    typer.Option("--requests-per-user", metavar="N", help="Requests of a user in a day; default: 100.", show_default=False),
+]
+PeakFactorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--peak-factor",
+        metavar="N",
+        help="Requests in the peak second as a multiple of the mean; default: 3.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Replace an assumption or a price: cpu_target=0.6, prices.instance=45. Repeatable.",
+        show_default=False,
+    ),
+]
+AssumptionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--assumptions",
+        metavar="FILE",
+        help="TOML file with [use], [prices] and prices_of, the date of the prices; --set overrides it.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the plan to FILE as an HTML page with charts.", show_default=False),
+]
+
 
 def plan(
-    dau: Annotated[
-        str | None, typer.Option("--dau", metavar="N", help="Daily users: 10M, 500k, 1.5M, 2000000.", show_default=False)
-    ] = None,
-    rps: Annotated[
-        str | None,
-        typer.Option("--rps", metavar="N", help="Requests/s in the peak second, if known: 35k.", show_default=False),
-    ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option("--keys", metavar="N", help="Live counters, if known; default: 10 a user.", show_default=False),
-    ] = None,
-    requests_per_user: Annotated[
-        str | None,
-        typer.Option("--requests-per-user", metavar="N", help="Requests of a user in a day; default: 100.", show_default=False),
-    ] = None,
-    peak_factor: Annotated[
-        str | None,
-        typer.Option(
-            "--peak-factor",
-            metavar="N",
-            help="Requests in the peak second as a multiple of the mean; default: 3.",
-            show_default=False,
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Replace an assumption or a price: cpu_target=0.6, prices.instance=45. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    assumptions: Annotated[
-        Path | None,
-        typer.Option(
-            "--assumptions",
-            metavar="FILE",
-            help="TOML file with [use], [prices] and prices_of, the date of the prices; --set overrides it.",
-            show_default=False,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Write the plan to FILE as an HTML page with charts.", show_default=False),
-    ] = None,
+    dau: DauOption = None,
+    rps: RpsOption = None,
+    keys: KeysOption = None,
+    requests_per_user: RequestsPerUserOption = None,
+    peak_factor: PeakFactorOption = None,
+    set_: SetOption = None,
+    assumptions: AssumptionsOption = None,
+    json: JsonOption = False,
+    html: HtmlOption = None,
 ) -> None:
     """Estimate a fleet: instances, Redis shards and memory, PostgreSQL replicas, bandwidth and monthly cost.
 

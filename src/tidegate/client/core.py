@@ -1,4 +1,4 @@
-"""The part of the client that blocking code and asyncio share: choice of server, retries, parsing of responses. No I/O here."""
+"""The part of the client that blocking code and asyncio share: choice of server and retries. No I/O here."""
 
 from __future__ import annotations
 
@@ -10,41 +10,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Final, Literal, TypeVar, get_args
 
-import msgspec
-
 from tidegate._version import __version__
 from tidegate.breaker import Breaker, BreakerOptions, BreakerState
 from tidegate.client.answer import Answer
 from tidegate.client.bodies import batches, check_body, limit_body, usage_query
+from tidegate.client.replies import parse_reply, read_check, read_usage, reader_of
 from tidegate.client.steps import HttpRequest, Reply, Steps, TransportFailure
 from tidegate.decision import Check
 from tidegate.errors import (
-    ApiKeyExpired,
-    ApiKeyRevoked,
     BadRequest,
-    Blocked,
     CatalogUnavailable,
-    HoldEnded,
-    HoldNotFound,
     InvalidApiKey,
-    InvalidToken,
     LimiterUnavailable,
-    MissingApiKey,
-    RequestTooLarge,
-    ReservationNotFound,
     SettingsError,
-    StoreUnavailable,
     TidegateError,
-    TokenKeysUnavailable,
-    TooManyHolds,
-    TooManyReservations,
-    TooManyTokens,
-    TooManyUnknownKeys,
     clip,
 )
 from tidegate.ip_addresses import canonical_ip
 from tidegate.server_url import Server
-from tidegate.wire import DecisionBody, LimitRequest, UsageBody
+from tidegate.wire import LimitRequest, UsageBody
 
 logger = logging.getLogger("tidegate.client")
 
@@ -54,49 +38,10 @@ OnFailure = Literal["allow", "deny", "raise"]
 TOKEN_VARIABLE: Final = "TIDEGATE_TOKEN"
 TOKEN_HEADER: Final = "X-Tidegate-Token"
 
+_AGENT: Final = f"tidegate-client/{__version__}".encode()
 BREAKER: Final = BreakerOptions(failures=5, window_s=10.0, open_s=5.0)
 
-_LIMIT_HEADERS: Final = frozenset(
-    (b"ratelimit", b"ratelimit-policy", b"retry-after", b"x-ratelimit-limit", b"x-ratelimit-remaining", b"x-ratelimit-reset")
-)
-_ERRORS: Final[dict[str, type[TidegateError]]] = {
-    "HEADERS_TOO_LARGE": BadRequest,
-    **{
-        error.code: error
-        for error in (
-            HoldEnded,
-            HoldNotFound,
-            TooManyHolds,
-            *(ReservationNotFound, TooManyReservations),
-            *(BadRequest, RequestTooLarge, MissingApiKey, InvalidApiKey),
-            *(ApiKeyRevoked, ApiKeyExpired, Blocked, TooManyUnknownKeys, StoreUnavailable, CatalogUnavailable),
-            *(InvalidToken, TooManyTokens, TokenKeysUnavailable),
-        )
-    },
-}
-"""Errors that are raised to the caller, by code. Any other error counts as a failure of the server."""
-
-
-class _ErrorFields(msgspec.Struct, frozen=True):
-    code: str
-    message: str = ""
-    details: dict[str, object] = {}
-
-
-class _ErrorBody(msgspec.Struct, frozen=True):
-    error: _ErrorFields
-
-
-class _BatchBody(msgspec.Struct, frozen=True):
-    decisions: list[msgspec.Raw]
-
-
 T = TypeVar("T")
-
-_DECISION: Final = msgspec.json.Decoder(DecisionBody)
-_USAGE: Final = msgspec.json.Decoder(UsageBody)
-_ERROR: Final = msgspec.json.Decoder(_ErrorBody)
-_BATCH: Final = msgspec.json.Decoder(_BatchBody)
 
 
 class _Endpoint:
@@ -218,7 +163,7 @@ class ClientCore:
     def _decide(
         self, path: str, body: bytes, read: Callable[[Reply], Answer] | None = None, *, repeatable: bool
     ) -> Steps[Answer]:
-        result = yield from self._send(b"POST", path, read or _read_check, body, repeatable=repeatable)
+        result = yield from self._send(b"POST", path, read or read_check, body, repeatable=repeatable)
         answer = self._decide_failed(result.reason) if isinstance(result, TransportFailure) else result
         if isinstance(answer, TidegateError):
             raise answer
@@ -227,7 +172,7 @@ class ClientCore:
     def _decide_many(self, path: str, pieces: Iterable[tuple[bytes, bool]]) -> Steps[list[Answer | TidegateError]]:
         answers: list[Answer | TidegateError] = []
         for body, count, read_only in batches(pieces):
-            result = yield from self._send(b"POST", path, _reader_of(count), body, repeatable=read_only)
+            result = yield from self._send(b"POST", path, reader_of(count), body, repeatable=read_only)
             if isinstance(result, list):
                 answers += [self._decide_failed(each.reason) if isinstance(each, TransportFailure) else each for each in result]
             else:
@@ -250,7 +195,7 @@ class ClientCore:
         if ip is not None:
             headers.append((b"X-Real-IP", canonical_ip(ip).encode()))
         path = "/v1/usage" + usage_query(attributes, tier)
-        result = yield from self._send(b"GET", path, _read_usage, b"", headers, repeatable=True)
+        result = yield from self._send(b"GET", path, read_usage, b"", headers, repeatable=True)
         if isinstance(result, TransportFailure):
             raise _unavailable(result.reason)
         if isinstance(result, TidegateError):
@@ -300,7 +245,7 @@ class ClientCore:
             # Connecting may take only a share of the time, so that there is some left for the next server.
             connect_deadline = now + (deadline - now) / (len(self._endpoints) - index)
             reply = yield HttpRequest(endpoint.server, method, target, headers, body, connect_deadline, deadline)
-            result = reply if isinstance(reply, TransportFailure) else _parse_reply(reply, read)
+            result = reply if isinstance(reply, TransportFailure) else parse_reply(reply, read)
             self._record(endpoint, result if isinstance(result, TransportFailure) else None)
             if isinstance(result, CatalogUnavailable):
                 # It charged nothing, and another server may be able to read the key.
@@ -358,73 +303,6 @@ def _token_headers(token: str | None, header: str) -> list[tuple[bytes, bytes]]:
         raise SettingsError(f"{source} is empty or has characters that no token has: set the token and nothing else")
     is_bare = header.lower() == "authorization" and " " not in token
     return [(header.encode(), f"Bearer {token}".encode() if is_bare else token.encode())]
-
-
-_AGENT: Final = f"tidegate-client/{__version__}".encode()
-
-
-def _parse_reply(reply: Reply, read: Callable[[Reply], T]) -> T | TidegateError | TransportFailure:
-    """The parsed response, the server's error, or the reason why it is not a response of Tidegate."""
-    try:
-        if reply.status == 200 or (reply.status == 429 and not reply.body.startswith(b'{"error":')):
-            return read(reply)
-        result = _error(_ERROR.decode(reply.body))
-    except (msgspec.MsgspecError, ValueError):
-        return TransportFailure(f"answered {reply.status} with a body that is not from Tidegate: check the URL", sent=True)
-    return TransportFailure(f"answered {reply.status}: {result}", sent=True) if isinstance(result, str) else result
-
-
-def headers_to_pass_on(reply: Reply) -> tuple[tuple[str, str], ...]:
-    """The limit headers of a response, names in lower case."""
-    return tuple(
-        (lower.decode("latin-1"), value.decode("latin-1"))
-        for name, value in reply.headers
-        if (lower := name.lower()) in _LIMIT_HEADERS
-    )
-
-
-def _read_check(reply: Reply) -> Answer:
-    return _answer(_DECISION.decode(reply.body), headers_to_pass_on(reply))
-
-
-def _read_usage(reply: Reply) -> UsageBody:
-    return _USAGE.decode(reply.body)
-
-
-def _reader_of(count: int) -> Callable[[Reply], list[Answer | TidegateError | TransportFailure]]:
-    """A parser of a batch of `count` answers."""
-
-    def read(reply: Reply) -> list[Answer | TidegateError | TransportFailure]:
-        decisions = _BATCH.decode(reply.body).decisions
-        if len(decisions) != count:
-            raise ValueError(f"expected {count} answers, got {len(decisions)}")
-        return list(map(_read_one, decisions))
-
-    return read
-
-
-def _read_one(raw: msgspec.Raw) -> Answer | TidegateError | TransportFailure:
-    if not bytes(raw).startswith(b'{"error":'):
-        return _answer(_DECISION.decode(raw))
-    result = _error(_ERROR.decode(raw))
-    return (
-        TransportFailure(f"the limiter answered {result}", sent=False) if isinstance(result, str | CatalogUnavailable) else result
-    )
-
-
-def _answer(body: DecisionBody, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
-    return Answer(*msgspec.structs.astuple(body), headers=headers)
-
-
-def _error(body: _ErrorBody) -> TidegateError | str:
-    """The server's error; its code and message as text if it is not one that is raised to callers."""
-    result = body.error
-    kind = _ERRORS.get(result.code)
-    if kind is None:
-        return f"{result.code} {result.message}"
-    error = kind(result.message)
-    error.details = dict(result.details)
-    return error
 
 
 def _unavailable(reason: str) -> LimiterUnavailable:

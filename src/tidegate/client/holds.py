@@ -11,7 +11,8 @@ from typing import Any, Final, Self
 import msgspec
 
 from tidegate.client.answer import Answer
-from tidegate.client.core import ClientCore, headers_to_pass_on
+from tidegate.client.core import ClientCore
+from tidegate.client.replies import headers_to_pass_on
 from tidegate.client.steps import Reply, Steps
 from tidegate.decision import MAX_COST, Check
 from tidegate.errors import BadRequest, TidegateError, clip

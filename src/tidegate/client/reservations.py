@@ -12,7 +12,8 @@ import msgspec
 
 from tidegate.client.answer import Answer
 from tidegate.client.bodies import check_body, limit_body
-from tidegate.client.core import ClientCore, headers_to_pass_on
+from tidegate.client.core import ClientCore
+from tidegate.client.replies import headers_to_pass_on
 from tidegate.client.steps import Reply, Steps
 from tidegate.decision import Check
 from tidegate.errors import BadRequest, TidegateError, clip

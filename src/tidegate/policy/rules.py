@@ -115,21 +115,16 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         """Validate and normalise a rule.
 
         Args:
-            endpoint: see the class; so are all others.
-            limits: limits or their texts.
+            limits: limits or their texts; for what is not listed here see the class.
             methods: any case.
             subject: api_key, ip, tier, customer, the name of an attribute, or a list of such names without tier and customer.
-            priority: see the class.
             name: empty for the one made from methods, endpoint and match.
             match: patterns by attribute; None for none.
             quotas: quotas or their texts.
             overage: an `Overage`, or what `Overage.parse` reads.
-            leases: true or false.
             action: allow or deny, in place of limits and quotas; a limit of 0, such as `0/day`, means deny.
             count: requests, or failures; the following are for failures, see `FailureCount.make`.
             statuses: of responses that are failures.
-            clear_on_success: true or false.
-            penalty: durations.
 
         Raises:
             PolicyError: naming the field, its value and the remedy.
@@ -148,10 +143,7 @@ class Rule(msgspec.Struct, frozen=True, gc=False):
         if pattern.startswith(DESCRIPTOR):
             _require_for_descriptor(upper, kind, conditions)
         missing = member_of(OnMissing, on_missing, "on_missing")
-        if missing is not OnMissing.IP and not set(parts) - {"api_key", "ip"}:
-            raise PolicyError(f"on_missing {missing.value!r} is for a subject with an attribute: name one, or leave it out")
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
-            raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
+        _require_fields(missing, parts, priority)
         if not isinstance(leases, bool):
             raise PolicyError(f"leases {short(leases)} must be true or false")
         rule = cls(
@@ -285,6 +277,13 @@ def _require_one_way(
         fit_limits(algorithm, rates)
     if slots is not None and mode == Mode.SOFT:
         raise PolicyError(f"limit {slots.text!r} cannot be soft, as slots that are not there cannot be taken: use enforce")
+
+
+def _require_fields(on_missing: OnMissing, parts: tuple[str, ...], priority: object) -> None:
+    if on_missing is not OnMissing.IP and not set(parts) - {"api_key", "ip"}:
+        raise PolicyError(f"on_missing {on_missing.value!r} is for a subject with an attribute: name one, or leave it out")
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1_000_000:
+        raise PolicyError(f"priority {short(priority)} must be a whole number from -1000000 to 1000000")
 
 
 def _rule_name(rule: Rule, name: str, endpoint: str) -> str:
