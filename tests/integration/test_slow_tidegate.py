@@ -210,7 +210,7 @@ def test_nothing_is_recorded_where_nginx_is_closed(tidegates: list[Serve], api: 
 
 def _envoy(configuration: str, server: Serve, api: Api, replaced: dict[str, str] | None = None) -> Envoy:
     port = {GRPC: server.grpc_port} if configuration == "ratelimit.yaml" else {HTTP: server.port}
-    return Envoy(configuration, {**port, SERVICE: api.port}, replaced)
+    return Envoy(configuration, {**port, SERVICE: api.port}, replaced, patient=False)
 
 
 @pytest.mark.parametrize("configuration", ["ext_authz.yaml", "ratelimit.yaml"])

