@@ -34,8 +34,7 @@ from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 from tidegate import Limiter, limit
 from tidegate.counters import CounterStore
-from tidegate.counters.factory import open_counters
-from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.factory import guard_of, open_counters
 from tidegate.settings import LeaseSettings
 
 LIMIT = "1000000/minute"
@@ -312,7 +311,7 @@ def rows(peer: str, store: str, found: dict[str, float]) -> list[tuple[str, floa
 async def waiting(url: str, permits: int) -> list[tuple[str, float, Goal | None]]:
     """Store calls for each caller that waits until it passes, and how many places the callers changed in the queue."""
     limiters = [Limiter("200/second burst 1", algorithm="token_bucket", name="wait", counters=url) for _ in range(4)]
-    stores = [limiter.counters for limiter in limiters if isinstance(limiter.counters, GuardedCounters)]
+    stores = [guard for limiter in limiters if (guard := guard_of(limiter.counters)) is not None]
     for limiter in limiters:
         await limiter.check("warm-up")
     before = sum(store.store_calls for store in stores)

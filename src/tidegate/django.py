@@ -28,12 +28,12 @@ from tidegate.errors import PolicyError, TidegateError
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
 
 _CALL: Final = "tidegate.call"
-_SHARED: Final = ("counters", "trusted_proxies")
+_SHARED: Final = ("counters", "leases", "trusted_proxies")
 _METHODS: Final = ("get", "post", "put", "patch", "delete", "head", "options", "dispatch")
 
 
 def limit(limits: Any, **arguments: Any) -> _limit:
-    """`tidegate.limit` with `counters` and `trusted_proxies` of the setting `TIDEGATE`.
+    """`tidegate.limit` with `counters`, `leases` and `trusted_proxies` of the setting `TIDEGATE`.
 
     Args:
         limits: see `tidegate.limit`.

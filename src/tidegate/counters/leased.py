@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Final
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -35,9 +35,8 @@ from tidegate.policy.limits import LimitSet
 logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 0.05
-_SWEEP_STEPS: Final = 2_000
-_RETURN_BATCH: Final = 1_000
-_MAX_DIVISOR: Final = 16
+SWEEP_STEPS: Final = 2_000
+MAX_DIVISOR: Final = 16
 _DROP_AGAIN_S: Final = 0.4
 _CLOSE_S: Final = 2.0
 """How long shutdown waits until the store has taken the units back."""
@@ -57,11 +56,13 @@ class LeasedCounters:
     """
 
     immediate = False
+    make_table: ClassVar[type[LeaseTable]] = LeaseTable
+    return_batch: ClassVar[int] = 1_000
 
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
-        self.table = LeaseTable(round(ttl_s * 1e6), max_subjects)
-        self.table.divisor = _MAX_DIVISOR
+        self.table = self.make_table(round(ttl_s * 1e6), max_subjects)
+        self.table.divisor = MAX_DIVISOR
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
@@ -256,8 +257,7 @@ class LeasedCounters:
 
     def _renew(self) -> None:
         self._renewing = False
-        wanted, self.table.renewals = self.table.renewals, []
-        for counters in wanted:
+        for counters in self.table.take_renewals():
             task = asyncio.ensure_future(self._lease(counters))
             self._work.add(task)
             task.add_done_callback(self._work.discard)
@@ -284,13 +284,12 @@ class LeasedCounters:
             # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
             if self.store.instances_known:
                 instances = self.store.instances
-                self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
-            self.table.sweep(_SWEEP_STEPS)
+                self.table.divisor = 2 if instances <= 1 else min(2 * instances, MAX_DIVISOR)
+            self.table.sweep(SWEEP_STEPS)
             await self._send_returns()
 
     async def _send_returns(self) -> None:
-        while self.table.returns:
-            returns, self.table.returns = self.table.returns[:_RETURN_BATCH], self.table.returns[_RETURN_BATCH:]
+        while returns := self.table.take_returns(self.return_batch):
             # Not sent again where it fails: the store may have taken them.
             self.sent_returns += len(returns)
             taken: Sequence[bool] = ()

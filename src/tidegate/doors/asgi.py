@@ -9,7 +9,7 @@ from typing import Final
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import CounterStore
-from tidegate.counters.factory import open_counters
+from tidegate.counters.factory import open_embedded
 from tidegate.decision import Check, Decision
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
@@ -78,6 +78,7 @@ class RateLimitMiddleware:
         key_sources: where requests carry API keys, such as `("header:X-API-Key", "bearer", "query:api_key")`; the first that a
             request has decides.
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
+        leases: with a URL of Redis, whether units are leased; by default as `TIDEGATE_LEASES__ENABLED` says, else yes.
 
     Raises:
         SettingsError: unless exactly one of `gate`, `policy` and `default_limits` is given, or for a pattern that no path can
@@ -102,6 +103,7 @@ class RateLimitMiddleware:
         default_limits: str | Sequence[str] | limit | None = None,
         key: str | Callable[..., object] | None = None,
         key_sources: Iterable[str] = DEFAULT_SOURCES,
+        leases: bool | None = None,
     ) -> None:
         if sum(each is not None for each in (gate, policy, default_limits)) != 1:
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate', 'policy' and 'default_limits'")
@@ -109,12 +111,14 @@ class RateLimitMiddleware:
         self._defaults: DefaultLimits | None = None
         if default_limits is not None:
             if default_limits and not isinstance(default_limits, limit):
-                default_limits = limit(default_limits, key=key or "ip", counters=counters, trusted_proxies=trusted_proxies)
+                default_limits = limit(
+                    default_limits, key=key or "ip", counters=counters, trusted_proxies=trusted_proxies, leases=leases
+                )
             self._defaults = DefaultLimits(default_limits if isinstance(default_limits, limit) else None)
             return
         if policy is not None:
             loaded = policy if isinstance(policy, Policy) else load_policy(Path(policy))
-            store = open_counters(counters) if isinstance(counters, str) else counters
+            store = open_embedded(counters, leases) if isinstance(counters, str) else counters
             gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe)
         assert gate is not None
         self.gate = gate

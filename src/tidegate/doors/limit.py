@@ -104,6 +104,8 @@ class limit(LimitSteps):
         error_message: text of the error, or a function that gives it.
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed for `ip`.
         block: false to run the function in any case; `request.limited` of Django then says whether it was denied.
+        leases: on Redis, whether units of busy subjects are charged in advance, so that most calls need none of Redis; by default
+            as the environment variable `TIDEGATE_LEASES__ENABLED` says, else yes.
         place: named in errors, where not the caller's.
 
     Raises:
@@ -127,6 +129,7 @@ class limit(LimitSteps):
         error_message: str | Callable[..., Any] | None = None,
         trusted_proxies: Iterable[str] = (),
         block: bool = True,
+        leases: bool | None = None,
         place: Place | None = None,
     ) -> None:
         super().__init__(
@@ -144,6 +147,7 @@ class limit(LimitSteps):
             error_message=error_message,
             trusted_proxies=trusted_proxies,
             block=block,
+            leases=leases,
             place=place,
         )
         # FastAPI looks here whether a dependency is to be awaited; a call uses the method of the class.

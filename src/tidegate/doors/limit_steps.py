@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from tidegate.counters import Counters, CounterStore
+from tidegate.counters.factory import embedded_leases
 from tidegate.counters.holds import HoldSettlement
 from tidegate.decision import MAX_COST, Decision, clip
 from tidegate.doors.call_holds import STEPS, CallHold, OpenHold
@@ -109,6 +110,7 @@ class LimitSteps:
         error_message: str | Callable[..., Any] | None = None,
         trusted_proxies: Iterable[str] = (),
         block: bool = True,
+        leases: bool | None = None,
         place: Place | None = None,
     ) -> None:
         self._place: Place = place or caller_place(2)
@@ -131,6 +133,7 @@ class LimitSteps:
             self._scope = scope
             if scope is not None and (not isinstance(scope, str) or not scope):
                 raise SettingsError(f"scope {clip(scope)} must be a non-empty text such as 'search'")
+            self._leases = embedded_leases(leases).enabled
             self._store: SharedStore = shared_store(counters)
             if slots is not None:
                 self._require_slots(slots.text)
@@ -354,7 +357,7 @@ class LimitSteps:
     def _limits_of_call(self, name: str, texts: tuple[str, ...]) -> CallLimits:
         known = self._sets.get((name, texts))
         if known is None:
-            known = call_limits(name, texts, self._algorithm, self._on_failure)
+            known = call_limits(name, texts, self._algorithm, self._on_failure, self._leases)
             if known.slots is not None:
                 self._require_slots(known.slots.limits[0].text)
             if len(self._sets) >= _MAX_SETS:
@@ -448,7 +451,8 @@ class LimitSteps:
         if store.memory is not None:
             decision = store.memory.charge_one(limits, call.subject, cost)
         else:
-            decision = await store.decide_async(limits, call.subject, cost)
+            leased = store.take(limits, call.subject, cost)
+            decision = leased if leased is not None else await store.decide_async(limits, call.subject, cost)
         self._decided(call, decision)
 
     def _end_failed(self, call: LimitCall, error: BaseException) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from tidegate.counters import Charge, CounterStore
+from tidegate.counters import Charge, CounterStore, LeasingCounterStore
 from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
 from tidegate.counters.memory import MemoryCounters
@@ -52,6 +52,7 @@ class _Limits:
         counters: Any,  # noqa: ARG002 - opened by the subclass
         name: str | None,
         on_failure: str,
+        leases: bool | None,
     ) -> None:
         texts = [limits] if isinstance(limits, str) else list(limits)
         label = name or ", ".join(texts)
@@ -62,13 +63,14 @@ class _Limits:
             [Limit.parse(text) for text in texts],
             member_of(OnFailure, on_failure, "on_failure"),
             rule=label,
+            leases=leases is not False,
         )
 
     _namespace: CompiledNamespace | None = None
     """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""
 
     @classmethod
-    def from_policy(cls, path: str | Path, namespace: str, *, counters: Any = "memory://") -> Self:
+    def from_policy(cls, path: str | Path, namespace: str, *, counters: Any = "memory://", leases: bool | None = None) -> Self:
         """A limiter with the limits, algorithm and overrides of `[[namespaces]]` in a policy file, which is read once.
 
         It counts together with `POST /v1/limit` of the same namespace on the same store.
@@ -77,6 +79,7 @@ class _Limits:
             path: of the policy file.
             namespace: name of one that has limits.
             counters: URL or a store.
+            leases: as for `Limiter`.
 
         Raises:
             PolicyError: if the policy is refused or has no such namespace.
@@ -88,7 +91,9 @@ class _Limits:
             names = ", ".join(name for name, each in known.items() if each.limits) or "none"
             raise PolicyError(f"the policy has no [[namespaces]] with limits named {clip(namespace)}: it has {names}", str(path))
         texts = [limit.text for limit in found.limits]
-        made = cls(texts, algorithm=found.algorithm, counters=counters, name=namespace, on_failure=found.on_failure)
+        made = cls(
+            texts, algorithm=found.algorithm, counters=counters, name=namespace, on_failure=found.on_failure, leases=leases
+        )
         made._namespace = CompiledNamespace(found)
         return made
 
@@ -143,6 +148,8 @@ class Limiter(_Limits):
         counters: URL or a store; `memory://` counts in this process.
         name: limiters of one name on one store share their counts; made from the limits where not given.
         on_failure: local, allow or deny, while the store is unavailable.
+        leases: with a URL of Redis, whether units of busy subjects are charged in advance, so that most checks need no call; by
+            default as the environment variable `TIDEGATE_LEASES__ENABLED` says, else yes.
 
     Raises:
         PolicyError: if a limit is not understood or does not fit the algorithm.
@@ -157,10 +164,12 @@ class Limiter(_Limits):
         counters: str | CounterStore = "memory://",
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
+        leases: bool | None = None,
     ) -> None:
-        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
-        self.counters: CounterStore = open_memory_or_redis(counters)
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure, leases=leases)
+        self.counters: CounterStore = open_memory_or_redis(counters, leases)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
+        self._take = self.counters.charge_now if isinstance(self.counters, LeasingCounterStore) else None
         self._waiting = AsyncWaiting()
 
     async def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
@@ -188,7 +197,10 @@ class Limiter(_Limits):
             return self._allowed_in_tests()
         if self._charge_one is not None:
             return self._charge_one(limits, subject, cost)
-        outcome = (await self.counters.charge((Charge(((limits, subject),), cost),)))[0]
+        counters = ((limits, subject),)
+        if self._take is not None and (decision := self._take(counters, cost)) is not None:
+            return decision
+        outcome = (await self.counters.charge((Charge(counters, cost),)))[0]
         if isinstance(outcome, StoreUnavailable):
             raise outcome
         return outcome
@@ -354,6 +366,7 @@ class SyncLimiter(_Limits):
         counters: URL or a store for threads; `memory://` counts in this process.
         name: as for `Limiter`.
         on_failure: as for `Limiter`.
+        leases: as for `Limiter`; a thread gives back what is not used.
 
     Raises:
         PolicyError: as `Limiter`.
@@ -368,9 +381,10 @@ class SyncLimiter(_Limits):
         counters: str | BlockingCounterStore = "memory://",
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
+        leases: bool | None = None,
     ) -> None:
-        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
-        self.counters: BlockingCounterStore = open_blocking_store(counters)
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure, leases=leases)
+        self.counters: BlockingCounterStore = open_blocking_store(counters, leases)
         self._waiting = BlockingWaiting()
 
     def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:

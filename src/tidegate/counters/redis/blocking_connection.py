@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
@@ -86,11 +86,12 @@ class Answered:
 class _Socket:
     """One connection: send some commands, read as many replies."""
 
-    __slots__ = ("_reader", "checked_at", "endpoint", "sock")
+    __slots__ = ("_reader", "checked_at", "endpoint", "opened_ns", "sock")
 
     def __init__(self, sock: socket.socket, endpoint: Endpoint) -> None:
         self.sock = sock
         self.endpoint = endpoint
+        self.opened_ns = time.monotonic_ns()
         self.checked_at = time.monotonic()
         self._reader = new_reader()
 
@@ -176,6 +177,35 @@ class BlockingConnection:
             return Answered(self._exchange(command, replies)[-1])
         except StoreUnavailable as error:
             return Answered(None, error)
+
+    def send_as_before(self, commands: Sequence[bytes], before_ns: int) -> list[Any]:
+        """Send commands once, over a socket that was open at some moment: to a server that has not been restarted since.
+
+        Args:
+            commands: in RESP.
+            before_ns: the moment, monotonic.
+
+        Returns:
+            A reply for each.
+
+        Raises:
+            StoreUnavailable: if there is no such socket that is idle, or no answer.
+        """
+        used = self._take_idle()
+        others = []
+        while used is not None and used.opened_ns >= before_ns:
+            others.append(used)
+            used = self._take_idle()
+        self._idle += others
+        if used is None:
+            raise StoreUnavailable(f"no connection to Redis at {self.endpoint} is as old as the lease", reason="disconnected")
+        try:
+            return self._with(used, b"".join(commands), len(commands))
+        except TimeoutError:
+            raise self._timed_out() from None
+        except (OSError, hiredis.ProtocolError) as error:
+            self.drop(str(error))
+            raise self._unreachable(str(error)) from None
 
     def drop(self, why: str) -> None:
         """Close all idle sockets.
