@@ -19,10 +19,11 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
 
 from tidegate.doors.exceeded import RateLimitExceeded
-from tidegate.doors.limit import EXEMPT, LIMITS, exempt
 from tidegate.doors.limit import limit as _limit
 from tidegate.doors.limit_arguments import caller_place
-from tidegate.doors.python_requests import DECISION, DjangoRequest, put_django_headers
+from tidegate.doors.limited_functions import EXEMPT, LIMITS, exempt
+from tidegate.doors.request_view import DECISION
+from tidegate.doors.wsgi_requests import DjangoRequest, put_django_headers
 from tidegate.errors import PolicyError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]

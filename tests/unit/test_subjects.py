@@ -21,7 +21,7 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Check, Decision, client_of
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
-from tidegate.doors.limiter import LONGEST_SUBJECT, fit_subject
+from tidegate.doors.limited_subject import LONGEST_SUBJECT, fit_subject
 from tidegate.gate.gate import Gate
 from tidegate.policy.descriptors import entries_subject
 from tidegate.policy.limits import Algorithm, Limit, LimitSet

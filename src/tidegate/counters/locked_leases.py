@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from tidegate.counters import Counters
+from tidegate.counters import Counters, LeaseRequest
 from tidegate.counters.forks import FORKS
 from tidegate.counters.lease_table import LeaseTable
 from tidegate.decision import Decision
@@ -44,9 +44,22 @@ class LockedLeaseTable(LeaseTable):
         with self._lock:
             return LeaseTable.take(self, counters, cost)
 
-    request = _locked(LeaseTable.request)
-    answered = _locked(LeaseTable.answered)
-    confirm = _locked(LeaseTable.confirm)
+    def request(self, counters: Counters, cost: int, now_ns: int) -> LeaseRequest | None:
+        """See `LeaseTable.request`."""
+        with self._lock:
+            return LeaseTable.request(self, counters, cost, now_ns)
+
+    def answered(self, counters: Counters) -> None:
+        """See `LeaseTable.answered`."""
+        with self._lock:
+            LeaseTable.answered(self, counters)
+
+    def confirm(self, counters: Counters) -> None:
+        """See `LeaseTable.confirm`."""
+        if self._usage:
+            with self._lock:
+                LeaseTable.confirm(self, counters)
+
     usage = _locked(LeaseTable.usage)
     take_usage = _locked(LeaseTable.take_usage)
     want_later = _locked(LeaseTable.want_later)

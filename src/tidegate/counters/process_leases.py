@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
-from tidegate.counters import Counters
+from tidegate.counters import Charge, ChargeOutcome, Counters
 from tidegate.counters.forks import FORKS
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.leased import LeasedCounters
@@ -35,6 +36,12 @@ class ProcessLeases(LeasedCounters):
         super().__init__(guarded, ttl_s, max_subjects)
         self.guarded = guarded
         FORKS.add(self)
+
+    async def charge(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
+        """See `CounterStore.charge`."""
+        if len(charges) == 1 and len(charges[0].counters) == 1 and not charges[0].counters[0][0].leasable:
+            return await self.guarded.charge(charges)
+        return await super().charge(charges)
 
     async def reserve(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
         """See `ReservingCounterStore.reserve`: from the store, never from a lease."""

@@ -7,8 +7,9 @@ from inspect import unwrap
 from typing import Any, Final, Protocol, TypeAlias
 
 from tidegate.doors.exceeded import RateLimitExceeded, loaded
-from tidegate.doors.limit import EXEMPT, LIMITS, limit
-from tidegate.doors.python_requests import DECISION
+from tidegate.doors.limit import limit
+from tidegate.doors.limited_functions import EXEMPT, LIMITS
+from tidegate.doors.request_view import DECISION
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
 from tidegate.errors import PolicyError, TidegateError
 

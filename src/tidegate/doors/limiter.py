@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Self
 
 from tidegate.counters import Charge, CounterStore, LeasingCounterStore
 from tidegate.counters.blocking import BlockingCounterStore
@@ -18,121 +16,18 @@ from tidegate.counters.reservations import (
     ahead_us_of,
     can_reserve,
 )
-from tidegate.decision import MAX_COST, Decision, clip
+from tidegate.decision import MAX_COST, Decision
 from tidegate.doors.hold import AsyncHold, SyncHold
+from tidegate.doors.limited_subject import DIGEST, LONGEST_SUBJECT, LimitedSubject, checked_cost, fit_subject
+from tidegate.doors.limiter_limits import LimiterLimits
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
-from tidegate.errors import BadRequest, PolicyError, StoreUnavailable
-from tidegate.gate.holds import checked_ttl_s, fitting_cost
-from tidegate.gate.request_limits import counter_subject
-from tidegate.policy.attributes import checked_attributes
-from tidegate.policy.descriptors import entries_text
-from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure, member_of
-from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
-from tidegate.policy.toml_reader import load_policy
+from tidegate.errors import StoreUnavailable
+from tidegate.policy.limits import Algorithm, OnFailure
 from tidegate.retry_pause import checked_wait_s
-from tidegate.timestamps import US_PER_S
-
-LONGEST_SUBJECT: Final = 128
-_DIGEST: Final = "h:"
-"""Before the digest that is counted in place of a long subject. A subject that begins so is counted by its digest too."""
-
-LimitedSubject: TypeAlias = str | Mapping[str, str]
-"""Whom a limiter counts: any text, or attributes, of which each combination counts for itself."""
 
 
-class _Limits:
-    """What both limiters have in common: the limits, and what is refused before anything is charged."""
-
-    def __init__(
-        self,
-        limits: str | Sequence[str],
-        *,
-        algorithm: str,
-        counters: Any,  # noqa: ARG002 - opened by the subclass
-        name: str | None,
-        on_failure: str,
-        leases: bool | None,
-    ) -> None:
-        texts = [limits] if isinstance(limits, str) else list(limits)
-        label = name or ", ".join(texts)
-        # '/' is in no tier's name: no rule of a policy on the same store has this name.
-        self._limits = LimitSet(
-            f"limiter/{label}",
-            member_of(Algorithm, algorithm, "algorithm"),
-            [Limit.parse(text) for text in texts],
-            member_of(OnFailure, on_failure, "on_failure"),
-            rule=label,
-            leases=leases is not False,
-        )
-
-    _namespace: CompiledNamespace | None = None
-    """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""
-
-    @classmethod
-    def from_policy(cls, path: str | Path, namespace: str, *, counters: Any = "memory://", leases: bool | None = None) -> Self:
-        """A limiter with the limits, algorithm and overrides of `[[namespaces]]` in a policy file, which is read once.
-
-        It counts together with `POST /v1/limit` of the same namespace on the same store.
-
-        Args:
-            path: of the policy file.
-            namespace: name of one that has limits.
-            counters: URL or a store.
-            leases: as for `Limiter`.
-
-        Raises:
-            PolicyError: if the policy is refused or has no such namespace.
-            SettingsError: if the URL is not understood.
-        """
-        known = {each.name: each for each in load_policy(Path(path)).namespaces}
-        found = known.get(namespace)
-        if found is None or not found.limits:
-            names = ", ".join(name for name, each in known.items() if each.limits) or "none"
-            raise PolicyError(f"the policy has no [[namespaces]] with limits named {clip(namespace)}: it has {names}", str(path))
-        texts = [limit.text for limit in found.limits]
-        made = cls(
-            texts, algorithm=found.algorithm, counters=counters, name=namespace, on_failure=found.on_failure, leases=leases
-        )
-        made._namespace = CompiledNamespace(found)
-        return made
-
-    def _counter(self, subject: LimitedSubject) -> tuple[LimitSet, str]:
-        """The limits of a subject, and the name it is counted by."""
-        if self._namespace is None:
-            return self._limits, fit_subject(subject)
-        if type(subject) is not str or not 0 < len(subject) <= MAX_SUBJECT:
-            raise BadRequest(f"subject {clip(subject)} must be a text of 1 to {MAX_SUBJECT} characters", field="subject")
-        limits = self._namespace.limits_of(subject)
-        assert limits is not None, "checked by from_policy"
-        return limits, counter_subject(subject)
-
-    def _charges(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Charge]:
-        return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
-
-    def _not_reservable(self) -> BadRequest:
-        if not can_reserve((self._limits,)):
-            return BadRequest(
-                f"algorithm '{self._limits.algorithm}' gives no reservations; use fixed_window, sliding_window, token_bucket or "
-                "leaky_bucket, or `wait`",
-                field="algorithm",
-            )
-        return BadRequest("this counter store gives no reservations; give its URL as counters, or use `wait`", field="counters")
-
-    def _reservation(
-        self, subject: LimitedSubject, cost: int, ttl_s: int, clamp: bool
-    ) -> tuple[tuple[tuple[LimitSet, str], ...], int, int]:
-        """The counters of a hold, the units to reserve, and after how many µs it expires."""
-        counters = (self._counter(subject),)
-        return counters, fitting_cost(counters, checked_cost(cost), clamp), checked_ttl_s(ttl_s) * US_PER_S
-
-    def _allowed_in_tests(self) -> Decision:
-        """While `tidegate.testing.allow_all` holds."""
-        limit = self._limits.limits[0]
-        return Decision(True, limit, limit.capacity, limits=self._limits)
-
-
-class Limiter(_Limits):
+class Limiter(LimiterLimits):
     """Decides for subjects of your choice.
 
         limiter = Limiter("100/minute")
@@ -191,7 +86,7 @@ class Limiter(_Limits):
         limits = self._limits
         if self._namespace is not None:
             limits, subject = self._counter(subject)
-        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(DIGEST):
             subject = fit_subject(subject)
         if not SWITCHES.enforced:
             return self._allowed_in_tests()
@@ -349,7 +244,7 @@ class Limiter(_Limits):
         await self.close()
 
 
-class SyncLimiter(_Limits):
+class SyncLimiter(LimiterLimits):
     """`Limiter` for code without an event loop: scripts, threads, WSGI. Thread-safe; counts together with a `Limiter` of the
     same name on the same Redis.
 
@@ -394,7 +289,7 @@ class SyncLimiter(_Limits):
         limits = self._limits
         if self._namespace is not None:
             limits, subject = self._counter(subject)
-        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(DIGEST):
             subject = fit_subject(subject)
         if not SWITCHES.enforced:
             return self._allowed_in_tests()
@@ -454,27 +349,3 @@ class SyncLimiter(_Limits):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def checked_cost(cost: object) -> int:
-    """A cost that can be charged.
-
-    Raises:
-        BadRequest: if it is not a whole number from 0 to 1,000,000,000.
-    """
-    if type(cost) is not int or not 0 <= cost <= MAX_COST:
-        raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-    return cost
-
-
-def fit_subject(subject: object) -> str:
-    """The subject itself, or a digest where it is longer than a counter's key should be, or could be taken for a digest."""
-    if isinstance(subject, Mapping) and (attributes := checked_attributes(subject)):
-        text = entries_text(sorted(attributes.items()))
-        # Always a digest, of a kind that no text has: a text that reads like attributes is another subject.
-        return _DIGEST + hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=32, person=b"attributes").hexdigest()
-    if type(subject) is not str or not subject:
-        raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42', or attributes", field="subject")
-    if len(subject) <= LONGEST_SUBJECT and not subject.startswith(_DIGEST):
-        return subject
-    return _DIGEST + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()
