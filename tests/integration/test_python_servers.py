@@ -60,6 +60,12 @@ app = FastAPI()
 def view():
     return os.getpid()
 """,
+    "closing_app": """
+from fastapi_app import app
+from tidegate import RateLimitMiddleware
+
+app.add_middleware(RateLimitMiddleware, default_limits=[])
+""",
     "litestar_app": """
 from litestar import Litestar, Request, get
 from litestar.middleware import DefineMiddleware
@@ -156,3 +162,25 @@ def test_processes_that_lease_admit_exactly_the_limit(name: str, redis_server: R
 
         wait_until(all_passed)
         assert not any(threads.map(passes, range(30)))
+
+
+ONE = {
+    "gunicorn sync, Flask": (*GUNICORN, "--workers", "1", "flask_app:app"),
+    "gunicorn uvicorn worker, FastAPI with the middleware": (
+        *(*GUNICORN, "--workers", "1", "--worker-class"),
+        *("uvicorn.workers.UvicornWorker", "closing_app:app"),
+    ),
+    "uvicorn, FastAPI with the middleware": ("uvicorn", "--port", "{port}", "closing_app:app"),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_server_that_ends_gives_leased_units_back(name: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.must("FLUSHALL")
+    for module, text in APPS.items():
+        (tmp_path / f"{module}.py").write_text(text.replace("30/day", "300/day"))
+    with serving(ONE[name], tmp_path, redis_server, "true") as url:
+        left = [int(httpx.get(url).headers["x-ratelimit-remaining"]) for _ in range(20)]
+    assert left == list(range(299, 279, -1))
+    with serving(ONE[name], tmp_path, redis_server, "true") as url:
+        assert int(httpx.get(url).headers["x-ratelimit-remaining"]) == 279

@@ -51,7 +51,8 @@ class RateLimitMiddleware:
     rule's statuses.
 
     A WebSocket takes a slot until it is closed, where the rule that answers its GET limits requests in progress; other WebSockets
-    pass untouched. So does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers carry the limit
+    pass untouched. So does the lifespan, at whose shutdown a store made from a URL is closed; with `default_limits` those of all
+    limits of the program. Decided answers carry the limit
     headers; denials and errors have the error form.
 
     Without a policy, `default_limits` hold for each caller at each endpoint that has no `limit` of its own and is not `exempt`;
