@@ -7,11 +7,13 @@ import secrets
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
+from fastapi import Depends, FastAPI
 
 from tests.moments import wait_until
 from tests.servers.redis_server import RedisServer
@@ -22,6 +24,11 @@ from tidegate.counters.factory import LEASES_VARIABLE
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.process_leases import ProcessLeases
 from tidegate.doors.stores import TIMEOUT_VARIABLE, close_shared, shared_store
+
+with warnings.catch_warnings():
+    # Starlette 1.x prefers a successor of httpx.
+    warnings.simplefilter("ignore")
+    from starlette.testclient import TestClient
 
 LIMIT = 400
 
@@ -305,6 +312,25 @@ def test_gate_and_middleware_lease(redis_server: RedisServer, tmp_path: Any) -> 
     assert isinstance(middleware.gate.counters, ProcessLeases)
     middleware = RateLimitMiddleware(app, policy=policy, counters=redis_server.url, leases=False)
     assert isinstance(middleware.gate.counters, GuardedCounters)
+
+
+@pytest.mark.parametrize("with_lifespan", [True, False])
+def test_a_test_client(redis_server: RedisServer, with_lifespan: bool) -> None:
+    """Without `with`, it has an event loop for each request, which ends without closing anything."""
+    scope = secrets.token_hex(8)
+    app = FastAPI(dependencies=[Depends(limit("60/day", key=lambda: "all", scope=scope, counters=redis_server.url))])
+    app.add_middleware(RateLimitMiddleware, default_limits=[])
+
+    @app.get("/")
+    def answer() -> str:
+        return "passed"
+
+    client = TestClient(app)
+    with client if with_lifespan else nullcontext():
+        answers = [client.get("/") for _ in range(70)]
+    assert [each.status_code for each in answers] == [200] * 60 + [429] * 10
+    left = [int(each.headers["x-ratelimit-remaining"]) for each in answers]
+    assert left == [*range(59, -1, -1), *[0] * 10]
 
 
 @pytest.mark.parametrize("leases", [True, False])

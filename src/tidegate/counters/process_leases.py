@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from threading import get_ident
 
 from tidegate.counters import Charge, ChargeOutcome, Counters
 from tidegate.counters.forks import FORKS
@@ -54,6 +55,15 @@ class ProcessLeases(LeasedCounters):
     def forked(self) -> None:
         """See `OfOneProcess`."""
         self._loop, self._sweeper, self._work = None, None, set()
+
+    def _renew_soon(self) -> None:
+        loop = self._loop
+        if loop is None or self._thread == get_ident():
+            super()._renew_soon()
+        elif not self._renewing and loop.is_running():
+            # A check in another thread used the lease.
+            self._renewing = True
+            loop.call_soon_threadsafe(self._renew)
 
     async def _sweep(self) -> None:
         try:
