@@ -106,6 +106,21 @@ def test_a_reset_elsewhere_ends_the_leases(redis_server: RedisServer) -> None:
         wait_until(is_gone)
 
 
+def test_holds_and_places_come_from_the_store(redis_server: RedisServer) -> None:
+    """Never from a lease; together with leases they admit exactly the limit."""
+    name = secrets.token_hex(8)
+    checked, store = leased(redis_server.url, name=name)
+    with checked:
+        passed = check_until_leased(checked, store)
+        units = store.table.units
+        with checked.hold("s", cost=50):
+            assert checked.reserve("s", 7, at_most_s=0).allowed
+        assert store.table.units == units
+        assert checked.check("s", 0).remaining == LIMIT - passed - 57, "its own leased units are left to it"
+        passed += sum(checked.check("s").allowed for _ in range(LIMIT))
+    assert passed + 57 == LIMIT == used(redis_server.url, name)
+
+
 PROGRAM = """
 import os, signal, sys
 from tidegate import SyncLimiter
