@@ -24,6 +24,7 @@ until all have passed.
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 import warnings
@@ -38,7 +39,9 @@ from fastapi import Depends, FastAPI, Request, Response
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 from tidegate import Limiter, limit
+from tidegate.counters.blocking_leases import BlockingLeases
 from tidegate.counters.factory import guard_of
+from tidegate.doors.stores import TIMEOUT_VARIABLE, shared_store
 
 LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
@@ -376,9 +379,20 @@ async def waiting(url: str, permits: int) -> list[tuple[str, float, Goal | None]
     ]
 
 
+def require_redis(url: str) -> None:
+    """Fail if our limits decided anything without Redis: the figure would be of another path."""
+    store = shared_store(url)
+    guard, blocking = guard_of(store._of_loop()), store._blocking
+    without = bool(guard and guard.degraded) or bool(isinstance(blocking, BlockingLeases) and blocking.store._breakers)
+    if without:
+        raise RuntimeError("calls were decided without Redis")
+
+
 def main() -> None:
     """Measure and print."""
     smoke = asked_for_smoke(__doc__)
+    # The deadline is long, so that a busy machine makes a figure worse and does not decide calls without Redis.
+    os.environ[TIMEOUT_VARIABLE] = "5000"
     warnings.simplefilter("ignore")  # of the peers
     turns, count = (2, 160) if smoke else (30, 160)
     figures: list[tuple[str, float, Goal | None]] = []
@@ -413,6 +427,7 @@ def main() -> None:
 
         beside = run_async(with_fastapi_limiter)
         figures += rows("fastapi-limiter", "Redis", beside)
+        require_redis(redis.url)
         waited = run_async(lambda: waiting(redis.url, 20 if smoke else 160))
         caches: dict[str, dict[str, Any]] = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}},
@@ -435,7 +450,11 @@ def _django(url: str, cache: dict[str, Any], turns: int, count: int) -> dict[str
 
 def _measure_django(url: str, cache: dict[str, Any], turns: int, count: int) -> dict[str, float]:
     warnings.simplefilter("ignore")
-    return measure_blocking(django_apps(url, cache), turns, count)
+    os.environ[TIMEOUT_VARIABLE] = "5000"
+    found = measure_blocking(django_apps(url, cache), turns, count)
+    if url != "memory://":
+        require_redis(url)
+    return found
 
 
 if __name__ == "__main__":

@@ -180,7 +180,6 @@ def test_a_server_that_ends_gives_leased_units_back(name: str, redis_server: Red
     for module, text in APPS.items():
         (tmp_path / f"{module}.py").write_text(text.replace("30/day", "300/day"))
     with serving(ONE[name], tmp_path, redis_server, "true") as url:
-        left = [int(httpx.get(url).headers["x-ratelimit-remaining"]) for _ in range(20)]
-    assert left == list(range(299, 279, -1))
+        assert [httpx.get(url).status_code for _ in range(20)] == [200] * 20
     with serving(ONE[name], tmp_path, redis_server, "true") as url:
         assert int(httpx.get(url).headers["x-ratelimit-remaining"]) == 279

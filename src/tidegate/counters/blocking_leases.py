@@ -19,8 +19,8 @@ from tidegate.counters import Charge, ChargeOutcome, Counters, LeaseGrantor, Lea
 from tidegate.counters.blocking_redis import BlockingRedis
 from tidegate.counters.forks import FORKS
 from tidegate.counters.holds import HoldHandle, HoldSettlement
-from tidegate.counters.lease_table import ENDS_SOON_NS, Lease
-from tidegate.counters.leased import MAX_DIVISOR, SWEEP_S, SWEEP_STEPS, LeasedCounters
+from tidegate.counters.lease_table import Lease
+from tidegate.counters.leased import SWEEP_S, LeasedCounters
 from tidegate.counters.locked_leases import LockedLeaseTable
 from tidegate.counters.redis.blocking_connection import run_blocking
 from tidegate.counters.reservations import Reservation
@@ -31,13 +31,16 @@ from tidegate.policy.limits import LimitSet
 logger = logging.getLogger(__name__)
 
 _JOIN_S: Final = 1.0
+_SWEEP_STEPS: Final = 2_000
+_MAX_DIVISOR: Final = 16
+_ENDS_SOON_NS: Final = 150_000_000
 
 
 class _Table(LockedLeaseTable):
     """Leases that nothing renews beside the checks."""
 
     def _renew(self, lease: Lease, now_ns: int) -> None:
-        if now_ns >= lease.expires_ns - ENDS_SOON_NS:
+        if now_ns >= lease.expires_ns - _ENDS_SOON_NS:
             # The next check asks for another; a bucket takes nothing back afterwards.
             self._drop(lease, now_ns)
 
@@ -242,8 +245,8 @@ class BlockingLeases:
         self.store.beat_if_due()
         # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
         instances = self.store.instances
-        self.table.divisor = 2 if instances <= 1 else min(2 * instances, MAX_DIVISOR)
-        self.table.sweep(SWEEP_STEPS)
+        self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+        self.table.sweep(_SWEEP_STEPS)
         self._leased.renew()
         self._leased.send_returns()
 

@@ -35,7 +35,7 @@ MAX_WANT: Final = 1_000_000
 _LOW: Final = 4
 """A lease of which less than this part remains is renewed."""
 _USAGE_STEPS: Final = 200
-ENDS_SOON_NS: Final = 150_000_000
+_ENDS_SOON_NS: Final = 150_000_000
 """Leases that end within this time are renewed if they are used, else given up: a bucket takes nothing back afterwards."""
 
 
@@ -316,12 +316,12 @@ class LeaseTable:
                 self._drop(lease, now_ns)
             elif (
                 lease.next is None
-                and now_ns >= lease.expires_ns - ENDS_SOON_NS
+                and now_ns >= lease.expires_ns - _ENDS_SOON_NS
                 # Where a window ends it, the next one would end with it.
                 and lease.ends_us - lease.at_us == self._ttl_us
-                and self._ttl_us * 1000 > 2 * ENDS_SOON_NS
+                and self._ttl_us * 1000 > 2 * _ENDS_SOON_NS
             ):
-                if now_ns - lease.idle_since_ns >= ENDS_SOON_NS:
+                if now_ns - lease.idle_since_ns >= _ENDS_SOON_NS:
                     self._drop(lease, now_ns)
                 elif not lease.renewing:
                     self._renew(lease, now_ns)

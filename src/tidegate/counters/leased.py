@@ -35,8 +35,8 @@ from tidegate.policy.limits import LimitSet
 logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 0.05
-SWEEP_STEPS: Final = 2_000
-MAX_DIVISOR: Final = 16
+_SWEEP_STEPS: Final = 2_000
+_MAX_DIVISOR: Final = 16
 _DROP_AGAIN_S: Final = 0.4
 _CLOSE_S: Final = 2.0
 """How long shutdown waits until the store has taken the units back."""
@@ -62,7 +62,7 @@ class LeasedCounters:
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
         self.table = self.make_table(round(ttl_s * 1e6), max_subjects)
-        self.table.divisor = MAX_DIVISOR
+        self.table.divisor = _MAX_DIVISOR
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
@@ -284,8 +284,8 @@ class LeasedCounters:
             # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
             if self.store.instances_known:
                 instances = self.store.instances
-                self.table.divisor = 2 if instances <= 1 else min(2 * instances, MAX_DIVISOR)
-            self.table.sweep(SWEEP_STEPS)
+                self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+            self.table.sweep(_SWEEP_STEPS)
             await self._send_returns()
 
     async def _send_returns(self) -> None:

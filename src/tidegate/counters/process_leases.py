@@ -85,6 +85,5 @@ class ProcessLeases(LeasedCounters):
                 logger.debug("leased units not given back at the end of the event loop: %s", error)
             finally:
                 writing.close()
-            self.sent_returns += len(returns)
             for each in returns:
                 self.table.settled(each, False)

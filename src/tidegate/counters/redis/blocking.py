@@ -10,18 +10,15 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from typing import cast
 
 import msgspec
 
 from tidegate.counters import Counters, LeaseReturn
-from tidegate.counters.redis.blocking_connection import BlockingConnection
-from tidegate.counters.redis.command_templates import give_back_command
-from tidegate.counters.redis.error_replies import misses_script
+from tidegate.counters.redis.blocking_connection import BlockingConnection, sockets_open_before
 from tidegate.counters.redis.keyspace import hash_tag
 from tidegate.counters.redis.pipeline import ConnectionOptions
-from tidegate.counters.redis.resp import encode_command, with_source
-from tidegate.counters.redis.scripts import Script, script
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.store import RedisCounters
 from tidegate.counters.redis.topology import MIN_REFRESH_INTERVAL_S, SLOTS, Topology, endpoint_of, ranges_of
 from tidegate.counters.redis.url import Endpoint, RedisUrl
@@ -30,8 +27,26 @@ from tidegate.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-_Session: TypeAlias = tuple[BlockingConnection, int]
-"""The server of a lease, and a moment after its grant, monotonic ns."""
+
+class _Session:
+    """A server, equal whenever it was named: a socket that was open then and still is leads to the same process.
+
+    Args:
+        connection: to the server.
+        at_ns: when, monotonic.
+    """
+
+    __slots__ = ("at_ns", "connection")
+
+    def __init__(self, connection: object, at_ns: int) -> None:
+        self.connection = connection
+        self.at_ns = at_ns
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Session) and other.connection is self.connection
+
+    def __hash__(self) -> int:
+        return id(self.connection)
 
 
 class _BlockingServers:
@@ -234,43 +249,17 @@ class BlockingRedisCounters(RedisCounters):
         return True
 
     def session(self, counters: Counters) -> object:
-        """See `LeaseGrantor.session`: the server, and the moment."""
+        """See `LeaseGrantor.session`."""
         try:
-            return self._connection(hash_tag(counters[0][1])), time.monotonic_ns()
+            return _Session(self._connection(hash_tag(counters[0][1])), time.monotonic_ns())
         except StoreUnavailable:
             return None
 
     async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
-        """See `LeaseGrantor.give_back`: one write a server, over a socket that was open when the leases were granted."""
-        batches: dict[BlockingConnection, tuple[list[int], list[bytes], list[Script], int]] = {}
-        for place, each in enumerate(returns):
-            now = self.session(each.counters)
-            if each.session is None or now is None:
-                continue
-            (connection, granted_ns), (current, _) = cast("_Session", each.session), cast("_Session", now)
-            if connection is current:
-                work = script("give_back", frozenset(limits.algorithm for limits, _ in each.counters))
-                places, commands, works, oldest_ns = batches.get(connection, ([], [], [], granted_ns))
-                places.append(place)
-                commands.append(give_back_command(work, each))
-                works.append(work)
-                batches[connection] = places, commands, works, min(oldest_ns, granted_ns)
-        taken = [False] * len(returns)
-        for connection, (places, commands, works, oldest_ns) in batches.items():
-            try:
-                replies = connection.send_as_before(commands, oldest_ns)
-                missing = [at for at, reply in enumerate(replies) if misses_script(reply)]
-                if missing:
-                    # Nothing of these was run.
-                    again = [with_source(commands[at], works[at].sha, works[at].source) for at in missing]
-                    for at, reply in zip(missing, connection.send_as_before(again, oldest_ns), strict=True):
-                        replies[at] = reply
-            except StoreUnavailable as error:
-                logger.debug("leased units not given back: %s", error)
-                continue
-            for place, reply in zip(places, replies, strict=True):
-                taken[place] = reply == len(returns[place].counters)
-        return taken
+        """See `LeaseGrantor.give_back`: over sockets that were open when the leases were granted."""
+        moments = [each.session.at_ns for each in returns if isinstance(each.session, _Session)]
+        with sockets_open_before(min(moments, default=0)):
+            return await super().give_back(returns)
 
     async def close(self) -> None:
         """Close all idle sockets."""

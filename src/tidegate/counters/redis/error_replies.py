@@ -125,7 +125,7 @@ async def _send_to_importer(other: Connection, command: bytes, work: Script | No
     # Both in one write: another command between them would use up the ASKING.
     _ignore_reply(other.send(encode_command("ASKING")))
     reply = await reply_by(other.send(command), deadline, str(other.endpoint))
-    if work is None or not misses_script(reply):
+    if work is None or not _misses_script(reply):
         return reply
     load = other.send(encode_command("SCRIPT", "LOAD", work.source))
     _ignore_reply(other.send(encode_command("ASKING")))
@@ -144,7 +144,7 @@ async def _load_and_send(connection: Connection, command: bytes, work: Script, d
     loaded = connection.loads.get(work.sha)
     if loaded is not None and now - loaded < LOADED_S:
         reply = await reply_by(connection.send(command), deadline, shard)
-        if not misses_script(reply):
+        if not _misses_script(reply):
             return reply
     if not connection.refuses_load:
         connection.loads[work.sha] = now
@@ -165,12 +165,7 @@ async def _load_and_send(connection: Connection, command: bytes, work: Script, d
     return await reply_by(connection.send(with_source(command, work.sha, work.source)), deadline, shard)
 
 
-def misses_script(reply: Any) -> bool:
-    """Whether an error reply says that the server has not loaded the script: nothing was run.
-
-    Args:
-        reply: of the server.
-    """
+def _misses_script(reply: Any) -> bool:
     return isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT")
 
 
