@@ -9,16 +9,22 @@ of the limit are part of its cost, where the peer sends them. Requests are hande
 1,000 clients take turns on 1,000,000/minute, so that every request is charged. 16 requests are in flight in the asyncio apps, one
 in the blocking ones.
 
-The three apps take turns every few hundred requests. For each app the median over all turns of the process's CPU time; the ratio
-is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis itself is not counted. fastapi-limiter counts on
-Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the floor for any limit on Redis
-under FastAPI; and our limit with leases, which as a rule waits for nothing: with 10 clients, who come often enough to be
-leased. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it until all have passed.
+The apps take turns every few hundred requests. For each app the median over all turns of the process's CPU time; the ratio
+is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis itself is not counted.
+
+On Redis our limits lease units of clients who come often, by default, so what one costs depends on how often a client comes. The
+ratios are of the default, after warm-up turns in which every client came five times. Beside them, without a goal: the same with
+`leases=False`, and the default with clients who come once each, of whom nothing is leased. Peers cost the same for all of these.
+
+fastapi-limiter counts on Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the
+floor for any limit under FastAPI that asks Redis. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it
+until all have passed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
 import warnings
@@ -33,15 +39,18 @@ from fastapi import Depends, FastAPI, Request, Response
 from bench.measure import Goal, asked_for_smoke, report
 from bench.redis_server import redis_server
 from tidegate import Limiter, limit
-from tidegate.counters import CounterStore
-from tidegate.counters.factory import open_counters
-from tidegate.counters.guarded import GuardedCounters
-from tidegate.settings import LeaseSettings
+from tidegate.counters.blocking_leases import BlockingLeases
+from tidegate.counters.factory import guard_of
+from tidegate.doors.stores import TIMEOUT_VARIABLE, shared_store
 
 LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
 IN_FLIGHT = 16
 APPS = ("bare", "peer", "tidegate")
+UNLEASED, RARE = "unleased", "rare"
+"""Further apps with our limit: without leases; with clients who come once each."""
+WARM_UP = 5
+"""How often each client comes before anything is measured."""
 PING = b"*1\r\n$4\r\nPING\r\n"
 PATH = "/items"
 Serve = Callable[[str, str], Any]
@@ -112,13 +121,13 @@ def wsgi_serve(app: Any) -> Serve:
     return serve
 
 
-def fastapi_app(url: str | CounterStore, peer: str, which: str) -> FastAPI:
+def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
     """FastAPI with slowapi or fastapi-limiter, with our limit, or without one.
 
     Args:
-        url: of the store; or, for our limit, the store.
+        url: of the store.
         peer: name of the other limiter.
-        which: of APPS.
+        which: of APPS, or a further one.
     """
     app = FastAPI()
 
@@ -134,11 +143,13 @@ def fastapi_app(url: str | CounterStore, peer: str, which: str) -> FastAPI:
             app.get(PATH)(with_response)
         elif which == "tidegate":
             app.get(PATH)(limit(LIMIT, key="ip", counters=url)(endpoint))
+        elif which in (UNLEASED, RARE):
+            app.get(PATH)(limit(LIMIT, key="ip", scope=which, counters=url, leases=which == RARE)(endpoint))
         else:
             from slowapi import Limiter
             from slowapi.util import get_remote_address
 
-            slow = Limiter(key_func=get_remote_address, storage_uri=str(url), headers_enabled=True)
+            slow = Limiter(key_func=get_remote_address, storage_uri=url, headers_enabled=True)
             app.state.limiter = slow
             app.get(PATH)(slow.limit(LIMIT)(with_response))
         return app
@@ -154,6 +165,8 @@ def fastapi_app(url: str | CounterStore, peer: str, which: str) -> FastAPI:
     dependency: Any = nothing
     if which == "tidegate":
         dependency = limit(LIMIT, counters=url)
+    elif which in (UNLEASED, RARE):
+        dependency = limit(LIMIT, scope=which, counters=url, leases=which == RARE)
     elif which == "peer":
         from fastapi_limiter.depends import RateLimiter
 
@@ -222,8 +235,10 @@ def flask_app(url: str, which: str) -> Any:
 
         theirs = Limiter(get_remote_address, app=app, storage_uri=url, headers_enabled=True)
         app.get(PATH)(theirs.limit(LIMIT)(view))
+    elif which == "bare":
+        app.get(PATH)(view)
     else:
-        app.get(PATH)(limit(LIMIT, counters=url)(view) if which == "tidegate" else view)
+        app.get(PATH)(limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)(view))
     return app
 
 
@@ -246,7 +261,10 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
     views = {
         "bare": view,
         "peer": ratelimit(key="ip", rate="1000000/m", method=["GET"])(view),
-        "tidegate": limit(LIMIT, counters=url)(view),
+        **{
+            which: limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)(view)
+            for which in ("tidegate", UNLEASED, RARE)
+        },
     }
 
     def served(which: str) -> Serve:
@@ -258,23 +276,35 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
 
         return one
 
-    return {which: served(which) for which in views}
+    on_redis = (UNLEASED, RARE) if url != "memory://" else ()
+    return {which: served(which) for which in (*APPS, *on_redis)}
 
 
-async def measure_async(
-    apps: dict[str, Callable[[str, str], Awaitable[int]]], turns: int, count: int, clients: int = len(CLIENTS)
-) -> dict[str, float]:
+def client(which: str, number: int) -> str:
+    """Address of the client of a request to an app."""
+    if which == RARE:
+        return f"10.{2 + number // 62_500}.{number // 250 % 250}.{number % 250}"
+    return CLIENTS[number % len(CLIENTS)]
+
+
+def warm_up_turns(url_has_leases: bool, count: int) -> int:
+    """Turns that are not measured."""
+    return WARM_UP * len(CLIENTS) // count if url_has_leases else 2
+
+
+async def measure_async(apps: dict[str, Callable[[str, str], Awaitable[int]]], turns: int, count: int) -> dict[str, float]:
     """CPU µs of a request to each app."""
     found: dict[str, list[float]] = {which: [] for which in apps}
-    for turn in range(turns + 2):
+    warm_up = warm_up_turns(UNLEASED in apps, count)
+    for turn in range(turns + warm_up):
         for which, serve in apps.items():
             started = time.process_time()
             for first in range(0, count, IN_FLIGHT):
-                asked = [serve(PATH, CLIENTS[(turn * count + each) % clients]) for each in range(first, first + IN_FLIGHT)]
+                asked = [serve(PATH, client(which, turn * count + each)) for each in range(first, first + IN_FLIGHT)]
                 statuses = await asyncio.gather(*asked)
                 if set(statuses) != {200}:
                     raise RuntimeError(f"{which} answered {statuses}")
-            if turn >= 2:
+            if turn >= warm_up:
                 found[which].append((time.process_time() - started) / count * 1e6)
     return {which: statistics.median(each) for which, each in found.items()}
 
@@ -282,14 +312,15 @@ async def measure_async(
 def measure_blocking(apps: dict[str, Serve], turns: int, count: int) -> dict[str, float]:
     """The same for WSGI."""
     found: dict[str, list[float]] = {which: [] for which in apps}
-    for turn in range(turns + 2):
+    warm_up = warm_up_turns(UNLEASED in apps, count)
+    for turn in range(turns + warm_up):
         for which, serve in apps.items():
             started = time.process_time()
             for each in range(count):
-                status = serve(PATH, CLIENTS[(turn * count + each) % 1000])
+                status = serve(PATH, client(which, turn * count + each))
                 if status != 200:
                     raise RuntimeError(f"{which} answered {status}")
-            if turn >= 2:
+            if turn >= warm_up:
                 found[which].append((time.process_time() - started) / count * 1e6)
     return {which: statistics.median(each) for which, each in found.items()}
 
@@ -300,19 +331,29 @@ def rows(peer: str, store: str, found: dict[str, float]) -> list[tuple[str, floa
     floor = (
         [(f"{peer}, {store}: waiting for a PING instead, µs CPU", found["ping"] - found["bare"], None)] if "ping" in found else []
     )
+    further = [
+        (f"{peer}, {store}: {what}", value, None)
+        for which, name in ((UNLEASED, "Tidegate's limit with leases=False"), (RARE, "Tidegate's limit, clients who come once"))
+        if which in found
+        for what, value in (
+            (f"{name}, µs CPU", found[which] - found["bare"]),
+            ("its ratio", theirs / (found[which] - found["bare"])),
+        )
+    ]
     return [
         *floor,
         (f"{peer}, {store}: the request without a limit, µs CPU", found["bare"], None),
         (f"{peer}, {store}: its limit, µs CPU", theirs, None),
         (f"{peer}, {store}: Tidegate's limit, µs CPU", ours, None),
         (f"{peer}, {store}: ratio", theirs / ours, Goal(at_least=3)),
+        *further,
     ]
 
 
 async def waiting(url: str, permits: int) -> list[tuple[str, float, Goal | None]]:
     """Store calls for each caller that waits until it passes, and how many places the callers changed in the queue."""
     limiters = [Limiter("200/second burst 1", algorithm="token_bucket", name="wait", counters=url) for _ in range(4)]
-    stores = [limiter.counters for limiter in limiters if isinstance(limiter.counters, GuardedCounters)]
+    stores = [guard for limiter in limiters if (guard := guard_of(limiter.counters)) is not None]
     for limiter in limiters:
         await limiter.check("warm-up")
     before = sum(store.store_calls for store in stores)
@@ -338,15 +379,27 @@ async def waiting(url: str, permits: int) -> list[tuple[str, float, Goal | None]
     ]
 
 
+def require_redis(url: str) -> None:
+    """Fail if our limits decided anything without Redis: the figure would be of another path."""
+    store = shared_store(url)
+    guard, blocking = guard_of(store._of_loop()), store._blocking
+    without = bool(guard and guard.degraded) or bool(isinstance(blocking, BlockingLeases) and blocking.store._breakers)
+    if without:
+        raise RuntimeError("calls were decided without Redis")
+
+
 def main() -> None:
     """Measure and print."""
     smoke = asked_for_smoke(__doc__)
+    # The deadline is long, so that a busy machine makes a figure worse and does not decide calls without Redis.
+    os.environ[TIMEOUT_VARIABLE] = "5000"
     warnings.simplefilter("ignore")  # of the peers
     turns, count = (2, 160) if smoke else (30, 160)
     figures: list[tuple[str, float, Goal | None]] = []
 
     def fastapi_apps(url: str, peer: str) -> dict[str, Callable[[str, str], Awaitable[int]]]:
-        return {which: asgi_serve(fastapi_app(url, peer, which)) for which in APPS}
+        on_redis = (UNLEASED, RARE) if url != "memory://" else ()
+        return {which: asgi_serve(fastapi_app(url, peer, which)) for which in (*APPS, *on_redis)}
 
     def run_async(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -356,7 +409,9 @@ def main() -> None:
         for store, url in (("memory", "memory://"), ("Redis", redis.url)):
             slow = fastapi_apps(url, "slowapi")
             figures += rows("slowapi", store, run_async(lambda slow=slow: measure_async(slow, turns, count)))  # type: ignore[misc]
-            flask = {which: wsgi_serve(flask_app(url, which)) for which in APPS}
+            flask = {
+                which: wsgi_serve(flask_app(url, which)) for which in (*APPS, *((UNLEASED, RARE) if store == "Redis" else ()))
+            }
             figures += rows("flask-limiter", store, measure_blocking(flask, turns, count))
 
         async def with_fastapi_limiter() -> dict[str, float]:
@@ -370,25 +425,9 @@ def main() -> None:
             finally:
                 await FastAPILimiter.close()
 
-        async def with_leases() -> float:
-            store = open_counters(redis.url, leases=LeaseSettings(enabled=True))
-            apps = {
-                "bare": asgi_serve(fastapi_app(redis.url, "fastapi-limiter", "bare")),
-                "tidegate": asgi_serve(fastapi_app(store, "fastapi-limiter", "tidegate")),
-            }
-            try:
-                found = await measure_async(apps, turns, count, clients=10)
-            finally:
-                await store.close()
-            return max(found["tidegate"] - found["bare"], 0.1)
-
         beside = run_async(with_fastapi_limiter)
-        leased = run_async(with_leases)
         figures += rows("fastapi-limiter", "Redis", beside)
-        figures += [
-            ("fastapi-limiter, Redis: Tidegate's limit with leases, 10 clients, µs CPU", leased, None),
-            ("fastapi-limiter, Redis: ratio with leases", (beside["peer"] - beside["bare"]) / leased, None),
-        ]
+        require_redis(redis.url)
         waited = run_async(lambda: waiting(redis.url, 20 if smoke else 160))
         caches: dict[str, dict[str, Any]] = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}},
@@ -411,7 +450,11 @@ def _django(url: str, cache: dict[str, Any], turns: int, count: int) -> dict[str
 
 def _measure_django(url: str, cache: dict[str, Any], turns: int, count: int) -> dict[str, float]:
     warnings.simplefilter("ignore")
-    return measure_blocking(django_apps(url, cache), turns, count)
+    os.environ[TIMEOUT_VARIABLE] = "5000"
+    found = measure_blocking(django_apps(url, cache), turns, count)
+    if url != "memory://":
+        require_redis(url)
+    return found
 
 
 if __name__ == "__main__":

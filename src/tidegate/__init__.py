@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tidegate.decision import Check, Decision
     from tidegate.doors.asgi import RateLimitMiddleware
     from tidegate.doors.exceeded import RateLimitExceeded
-    from tidegate.doors.limit import exempt, limit
+    from tidegate.doors.limit import limit
+    from tidegate.doors.limited_functions import exempt
     from tidegate.doors.limiter import Limiter, SyncLimiter
     from tidegate.errors import (
         ApiKeyExpired,
@@ -66,7 +67,7 @@ _HOMES = {
     "Decision": "tidegate.decision",
     "RateLimitMiddleware": "tidegate.doors.asgi",
     "RateLimitExceeded": "tidegate.doors.exceeded",
-    "exempt": "tidegate.doors.limit",
+    "exempt": "tidegate.doors.limited_functions",
     "limit": "tidegate.doors.limit",
     "Limiter": "tidegate.doors.limiter",
     "SyncLimiter": "tidegate.doors.limiter",

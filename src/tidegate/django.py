@@ -19,21 +19,22 @@ from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
 
 from tidegate.doors.exceeded import RateLimitExceeded
-from tidegate.doors.limit import EXEMPT, LIMITS, exempt
 from tidegate.doors.limit import limit as _limit
 from tidegate.doors.limit_arguments import caller_place
-from tidegate.doors.python_requests import DECISION, DjangoRequest, put_django_headers
+from tidegate.doors.limited_functions import EXEMPT, LIMITS, exempt
+from tidegate.doors.request_view import DECISION
+from tidegate.doors.wsgi_requests import DjangoRequest, put_django_headers
 from tidegate.errors import PolicyError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]
 
 _CALL: Final = "tidegate.call"
-_SHARED: Final = ("counters", "trusted_proxies")
+_SHARED: Final = ("counters", "leases", "trusted_proxies")
 _METHODS: Final = ("get", "post", "put", "patch", "delete", "head", "options", "dispatch")
 
 
 def limit(limits: Any, **arguments: Any) -> _limit:
-    """`tidegate.limit` with `counters` and `trusted_proxies` of the setting `TIDEGATE`.
+    """`tidegate.limit` with `counters`, `leases` and `trusted_proxies` of the setting `TIDEGATE`.
 
     Args:
         limits: see `tidegate.limit`.

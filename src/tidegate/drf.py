@@ -20,7 +20,7 @@ from rest_framework.throttling import BaseThrottle
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.limit import limit
-from tidegate.doors.python_requests import DjangoRequest
+from tidegate.doors.wsgi_requests import DjangoRequest
 from tidegate.errors import TidegateError
 
 __all__ = ["AnonRateThrottle", "RateThrottle", "ScopedRateThrottle", "UserRateThrottle"]

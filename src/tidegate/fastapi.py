@@ -7,7 +7,8 @@ from typing import Any
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.default_limits import flat_routes
 from tidegate.doors.exceeded import RateLimitExceeded
-from tidegate.doors.limit import TOO_MANY_REQUESTS, exempt, limit
+from tidegate.doors.limit import limit
+from tidegate.doors.limited_functions import TOO_MANY_REQUESTS, exempt
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "document_limits", "exempt", "limit"]
 

@@ -21,10 +21,11 @@ import flask
 
 from tidegate.counters import CounterStore
 from tidegate.doors.exceeded import RateLimitExceeded
-from tidegate.doors.limit import EXEMPT, LIMITS, exempt, limit
-from tidegate.doors.limit_steps import LimitCall
-from tidegate.doors.python_requests import FlaskRequest
+from tidegate.doors.limit import limit
+from tidegate.doors.limit_call import LimitCall
+from tidegate.doors.limited_functions import EXEMPT, LIMITS, exempt
 from tidegate.doors.responses import encode, error_body
+from tidegate.doors.wsgi_requests import FlaskRequest
 from tidegate.errors import PolicyError, SettingsError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimits", "exempt", "limit"]

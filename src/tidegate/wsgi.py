@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 
 from tidegate.counters import CounterStore
 from tidegate.doors.exceeded import RateLimitExceeded
-from tidegate.doors.limit import exempt, limit
-from tidegate.doors.python_requests import DECISION, WsgiRequest, WsgiResponse
+from tidegate.doors.limit import limit
+from tidegate.doors.limited_functions import exempt
+from tidegate.doors.request_view import DECISION
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
+from tidegate.doors.wsgi_requests import WsgiRequest, WsgiResponse
 from tidegate.errors import PolicyError, TidegateError
 
 __all__ = ["RateLimitExceeded", "RateLimitMiddleware", "exempt", "limit"]

@@ -131,8 +131,9 @@ def test_the_lifespan_closes_a_store_of_the_middleware_s_own(redis_server: Any) 
             left = [int(client.get("/a", headers={"X-API-Key": KEY}).headers["x-ratelimit-remaining"]) for _ in range(2)]
             assert left == expected
             counters: Any = _gate(app).counters
-            assert counters.store.connections()
-        assert not counters.store.connections(), "the lifespan's shutdown closed it"
+            store = counters.guarded.store
+            assert store.connections()
+        assert not store.connections(), "the lifespan's shutdown closed it"
 
 
 def test_a_store_that_was_handed_over_stays_open(redis_server: Any) -> None:

@@ -60,6 +60,12 @@ app = FastAPI()
 def view():
     return os.getpid()
 """,
+    "closing_app": """
+from fastapi_app import app
+from tidegate import RateLimitMiddleware
+
+app.add_middleware(RateLimitMiddleware, default_limits=[])
+""",
     "litestar_app": """
 from litestar import Litestar, Request, get
 from litestar.middleware import DefineMiddleware
@@ -93,12 +99,13 @@ SERVERS = {
 
 
 @contextmanager
-def serving(command: tuple[str, ...], folder: Path, redis: RedisServer) -> Iterator[str]:
+def serving(command: tuple[str, ...], folder: Path, redis: RedisServer, leases: str) -> Iterator[str]:
     port = free_port()
     environment = {
         **os.environ,
         "TIDEGATE_COUNTERS__URL": redis.url,
         "TIDEGATE_COUNTERS__TIMEOUT_MS": "20000",
+        "TIDEGATE_LEASES__ENABLED": leases,
         "PYTHONWARNINGS": "ignore",
     }
     filled = [part.format(port=port) for part in command]
@@ -119,7 +126,7 @@ def test_processes_together_admit_exactly_the_limit(name: str, redis_server: Red
     redis_server.must("FLUSHALL")
     for module, text in APPS.items():
         (tmp_path / f"{module}.py").write_text(text)
-    with serving(SERVERS[name], tmp_path, redis_server) as url, ThreadPoolExecutor(12) as threads:
+    with serving(SERVERS[name], tmp_path, redis_server, "false") as url, ThreadPoolExecutor(12) as threads:
 
         def get(_: int) -> httpx.Response:
             return httpx.get(url, headers={"Connection": "close"})
@@ -130,3 +137,49 @@ def test_processes_together_admit_exactly_the_limit(name: str, redis_server: Red
     assert (len(passed), len(denied)) == (LIMIT, REQUESTS - LIMIT)
     assert sorted(int(each.headers["x-ratelimit-remaining"]) for each in passed) == list(range(LIMIT))
     assert all(int(each.headers["retry-after"]) > 0 for each in denied)
+
+
+@pytest.mark.parametrize("name", ["gunicorn sync, Flask", "gunicorn gthread, Django", "uvicorn, FastAPI"])
+def test_processes_that_lease_admit_exactly_the_limit(name: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    """Units that wait at one process are given back where it has no use for them: then the last requests pass."""
+    redis_server.must("FLUSHALL")
+    for module, text in APPS.items():
+        (tmp_path / f"{module}.py").write_text(text.replace("30/day", "300/day"))
+    with serving(SERVERS[name], tmp_path, redis_server, "true") as url, ThreadPoolExecutor(12) as threads:
+
+        def passes(_: int) -> bool:
+            answer = httpx.get(url, headers={"Connection": "close"})
+            assert answer.status_code in (200, 429)
+            return answer.status_code == 200
+
+        passed = sum(threads.map(passes, range(330)))
+        assert passed > 150
+
+        def all_passed() -> bool:
+            nonlocal passed
+            passed += passes(0)
+            return passed == 300
+
+        wait_until(all_passed)
+        assert not any(threads.map(passes, range(30)))
+
+
+ONE = {
+    "gunicorn sync, Flask": (*GUNICORN, "--workers", "1", "flask_app:app"),
+    "gunicorn uvicorn worker, FastAPI with the middleware": (
+        *(*GUNICORN, "--workers", "1", "--worker-class"),
+        *("uvicorn.workers.UvicornWorker", "closing_app:app"),
+    ),
+    "uvicorn, FastAPI with the middleware": ("uvicorn", "--port", "{port}", "closing_app:app"),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_server_that_ends_gives_leased_units_back(name: str, redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.must("FLUSHALL")
+    for module, text in APPS.items():
+        (tmp_path / f"{module}.py").write_text(text.replace("30/day", "300/day"))
+    with serving(ONE[name], tmp_path, redis_server, "true") as url:
+        assert [httpx.get(url).status_code for _ in range(20)] == [200] * 20
+    with serving(ONE[name], tmp_path, redis_server, "true") as url:
+        assert int(httpx.get(url).headers["x-ratelimit-remaining"]) == 279

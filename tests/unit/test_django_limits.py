@@ -36,8 +36,8 @@ from rest_framework.views import APIView
 from tests.moments import wait_until
 from tidegate import Decision, PolicyError, SyncLimiter
 from tidegate.django import RateLimitMiddleware, exempt, limit
-from tidegate.doors.python_requests import put_django_headers
 from tidegate.doors.stores import SWITCHES
+from tidegate.doors.wsgi_requests import put_django_headers
 from tidegate.drf import AnonRateThrottle, RateThrottle, ScopedRateThrottle, UserRateThrottle
 
 

@@ -21,7 +21,7 @@ from tidegate.counters.redis.store import RedisCounters
 from tidegate.decision import Check, Decision
 from tidegate.doors.grpc.domains import FileDomain
 from tidegate.doors.grpc.ratelimit_file import parse_ratelimit
-from tidegate.doors.limiter import LONGEST_SUBJECT, fit_subject
+from tidegate.doors.limited_subject import LONGEST_SUBJECT, fit_subject
 from tidegate.gate.gate import Gate
 from tidegate.ip_addresses import client_of
 from tidegate.policy.descriptors import entries_subject

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,23 @@ def test_a_namespace_that_has_no_limits(policy: Path, name: str) -> None:
 def test_a_gate_with_a_url_that_is_not_understood(policy: Path) -> None:
     with pytest.raises(SettingsError, match="Tidegate counts in Redis or in memory"):
         Gate.from_policy(policy, counters="mongodb://x")
+
+
+def test_the_shipped_example_under_a_test_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unchanged, with the lifespan and without."""
+    monkeypatch.delenv("TIDEGATE_COUNTERS__URL", raising=False)
+    with warnings.catch_warnings():
+        # Starlette 1.x prefers a successor of httpx.
+        warnings.simplefilter("ignore")
+        from fastapi.testclient import TestClient
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "fastapi_app.py"))
+    key = {"X-API-Key": "demo-free-key-0001"}
+    client = TestClient(example["app"])
+    assert [client.get("/api/items", headers=key).status_code for _ in range(2)] == [200] * 2
+    with client:
+        assert client.get("/api/export", headers=key).status_code == 200, "costs 3 of 5"
+        denied = client.get("/api/items", headers=key)
+    assert (denied.status_code, denied.json()["error"]["code"]) == (429, "RATE_LIMIT_EXCEEDED")
+    assert int(denied.headers["retry-after"]) > 0
+    assert [client.post("/login").status_code for _ in range(4)] == [200] * 3 + [429], "by address"
+    assert client.get("/api/items", headers={"X-API-Key": "unknown"}).status_code == 401

@@ -28,7 +28,7 @@ async def later(number: int) -> str:
 
 
 async def main() -> None:
-    async with Limiter("10/second", name="partner") as limiter:
+    async with Limiter("10/second", name="partner", leases=False) as limiter:
         assert_type(await limiter.check({"org": "acme"}), Decision)
         assert_type(await limiter.wait("all", at_most_s=1), Decision)
         assert_type(await limiter.reserve("all", at_most_s=1), Reservation)

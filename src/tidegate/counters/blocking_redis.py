@@ -13,13 +13,14 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from tidegate.breaker import Breaker
 from tidegate.counters import Charge, ChargeOutcome, Counters
 from tidegate.counters.degraded import GuardOptions
 from tidegate.counters.fallback import LocalShares
+from tidegate.counters.forks import FORKS
 from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
 from tidegate.counters.redis import heartbeat
 from tidegate.counters.redis.blocking import BlockingRedisCounters
@@ -55,13 +56,31 @@ class BlockingRedis:
         self._process = 0
         self._instance = ""
         self._beat_due = 0.0
+        self._resets: int | None = None
+        self._peers_know_leases = False
+        self.on_reset: Callable[[], None] | None = None
+        """Called when counters were reset, here or elsewhere."""
+        self.take_lease_usage: Callable[[Counters], int] | None = None
+        """See `LeaseGrantor`."""
         self._announce_due = False
         """Whether units came back that remembered denials of other instances do not know of."""
+        FORKS.add(self)
+
+    def forked(self) -> None:
+        """See `OfOneProcess`: what was admitted without Redis is owed by the parent."""
+        self._lock = threading.RLock()
+        self._local = LocalShares(self.options.max_subjects, self._store_now_us)
+        self._beat_due = 0.0
 
     @property
     def owed(self) -> int:
         """Counters that are still to be added to Redis."""
         return len(self._local.owed)
+
+    @property
+    def grants(self) -> bool:
+        """Whether leases can be granted: Redis answers, and nobody counts there whose version does not know leases."""
+        return self._peers_know_leases and not self._breakers and not self._local.owed
 
     def charge_one(self, limits: LimitSet, subject: str, cost: int) -> Decision:
         """See `BlockingCounterStore`. Costs about 25 µs beside the round trip."""
@@ -72,10 +91,8 @@ class BlockingRedis:
 
     def charge_many(self, charges: Sequence[Charge]) -> Sequence[ChargeOutcome]:
         """See `BlockingCounterStore`."""
-        now = time.monotonic()
-        if now >= self._beat_due:
-            self._beat(now)
-        if not self._breakers and not self._local.owed:
+        self.beat_if_due()
+        if not self._breakers and not self._local.owed and not self._local.unanswered:
             if len(charges) == 1:
                 try:
                     return (run_blocking(self.store.charge_one(charges[0])),)
@@ -92,9 +109,7 @@ class BlockingRedis:
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None = None
     ) -> tuple[Decision, HoldHandle | None]:
         """See `HoldingCounterStore.open_hold`; while Redis is unavailable as `guarded_holds` does it."""
-        now = time.monotonic()
-        if now >= self._beat_due:
-            self._beat(now)
+        self.beat_if_due()
         charge = Charge(counters, cost)
         if not self._breakers and not self._local.owed:
             try:
@@ -142,9 +157,7 @@ class BlockingRedis:
     def reserve_blocking(self, counters: Counters, cost: int, ahead_us: int) -> Reservation:
         """See `BlockingReservingStore`; while Redis is unavailable, the fallback decides whether the caller may go now."""
         charge = Charge(counters, cost)
-        now = time.monotonic()
-        if now >= self._beat_due:
-            self._beat(now)
+        self.beat_if_due()
         if self._breakers or self._local.owed:
             outcome = self._charge_after_failure(charge)
         else:
@@ -192,6 +205,7 @@ class BlockingRedis:
             return self._failed(charge, error)
         with self._lock:
             self._breakers.pop(shard, None)
+            self._local.answered(charge.counters)
             owed = [] if self._breakers else self._local.oldest(_SETTLE_BATCH)
         if owed:
             self._settle(owed)
@@ -227,6 +241,9 @@ class BlockingRedis:
             left = max(limit.capacity - charge.cost, 0)
             return Decision(True, limit, left, 0, 0, self._store_now_us(), limits, degraded=True)
         with self._lock:
+            if self.take_lease_usage is not None and (used := self.take_lease_usage(charge.counters)):
+                # Charged in a store that may be lost: a lease and a share together admit no more than a share alone.
+                self._local.count(charge, used, self.instances)
             return self._local.charge(charge, self.instances)
 
     def _settle(self, counters: Sequence[tuple[LimitSet, str]]) -> bool:
@@ -245,6 +262,12 @@ class BlockingRedis:
                 if failure is not None:
                     self._local.give_back(limits, subject, states)
         return not any(outcomes)
+
+    def beat_if_due(self) -> None:
+        """Send the heartbeat, where the last one is a second old."""
+        now = time.monotonic()
+        if now >= self._beat_due:
+            self._beat(now)
 
     def _beat(self, now: float) -> None:
         """Send the heartbeat and learn how many instances there are."""
@@ -268,6 +291,11 @@ class BlockingRedis:
             logger.debug("no heartbeat: %s", error)
             return
         self.instances = max(beat.instances, self.options.min_instances)
+        self._peers_know_leases = not beat.without_leases
+        reset = self._resets is not None and beat.resets != self._resets
+        self._resets = beat.resets
+        if (reset or not self._peers_know_leases) and self.on_reset is not None:
+            self.on_reset()
         self._offset_us = beat.at_us - (before_us + time.monotonic_ns() // 1000) // 2
 
     def _store_now_us(self) -> int:

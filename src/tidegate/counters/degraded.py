@@ -7,6 +7,8 @@ slow, `local` admits what the store will most probably charge (`late_answers`).
 
 from __future__ import annotations
 
+import os
+import secrets
 import time
 from collections.abc import Callable
 from typing import Final
@@ -201,6 +203,11 @@ class DegradedDecisions:
         """Estimate of the store's clock; never goes back."""
         self._latest_us = max(self._latest_us, time.monotonic_ns() // 1000 + self._offset_us)
         return self._latest_us
+
+
+def instance_name() -> str:
+    """A unique name for an instance."""
+    return f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
 
 
 def now_us() -> int:

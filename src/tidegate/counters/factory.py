@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from tidegate.counters import CounterStore
 from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.storage_uri import counters_url
 from tidegate.errors import SettingsError
 from tidegate.policy.limits import OnFailure
 from tidegate.settings import BreakerSettings, CounterSettings, LeaseSettings
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from tidegate.counters.degraded import GuardOptions
     from tidegate.counters.guarded import GuardedCounters
 
+LEASES_VARIABLE: Final = "TIDEGATE_LEASES__ENABLED"
+"""Environment variable that says whether units are leased, true or false: the server reads the same one."""
 KINDS: Final = ("memory://", "redis://", "rediss://", "redis+unix://", "redis+sentinel://", "redis+cluster://")
 
 
@@ -25,6 +29,8 @@ def open_counters(
     breaker: BreakerSettings | None = None,
     clock: Callable[[], int] | None = None,
     leases: LeaseSettings | None = None,
+    *,
+    embedded: bool = False,
 ) -> CounterStore:
     """Open the counter store that a URL names. One on Redis connects at its first call.
 
@@ -33,6 +39,7 @@ def open_counters(
         breaker: when calls to a failing store stop; by default as in the settings.
         clock: for `memory://`: gives µs since the epoch and never goes back; the machine's where not given.
         leases: with Redis, whether and how units are leased; not where None.
+        embedded: whether it is for a process that is not ours, which may fork, or end its event loop without closing the store.
 
     Returns:
         The store; one on Redis is guarded, and leased if `leases` says so.
@@ -57,20 +64,27 @@ def open_counters(
     guarded = GuardedCounters(store, _guard_options(settings, breaker))
     if leases is None or not leases.enabled:
         return guarded
+    if embedded:
+        from tidegate.counters.process_leases import ProcessLeases
+
+        return ProcessLeases(guarded, leases.ttl_s, leases.max_subjects)
     from tidegate.counters.leased import LeasedCounters
 
     return LeasedCounters(guarded, leases.ttl_s, leases.max_subjects)
 
 
-def open_blocking(settings: CounterSettings | str, clock: Callable[[], int] | None = None) -> BlockingCounterStore:
+def open_blocking(
+    settings: CounterSettings | str, clock: Callable[[], int] | None = None, leases: LeaseSettings | None = None
+) -> BlockingCounterStore:
     """Open the counter store that a URL names for threads without an event loop. One on Redis connects at its first call.
 
     Args:
         settings: as for `open_counters`.
         clock: as for `open_counters`.
+        leases: as for `open_counters`.
 
     Returns:
-        The store; one on Redis has a fallback.
+        The store; one on Redis has a fallback, and is leased if `leases` says so.
 
     Raises:
         SettingsError: as `open_counters`.
@@ -88,7 +102,42 @@ def open_blocking(settings: CounterSettings | str, clock: Callable[[], int] | No
 
     store = BlockingRedisCounters(url, settings.timeout_ms / 1000)
     store.holds.most = settings.max_holds
-    return BlockingRedis(store, _guard_options(settings, BreakerSettings()))
+    guarded = BlockingRedis(store, _guard_options(settings, BreakerSettings()))
+    if leases is None or not leases.enabled:
+        return guarded
+    from tidegate.counters.blocking_leases import BlockingLeases
+
+    return BlockingLeases(guarded, leases.ttl_s, leases.max_subjects)
+
+
+def open_embedded(url: str, leases: bool | None = None) -> CounterStore:
+    """The store of a gate inside a program.
+
+    Args:
+        url: as other packages write it, too.
+        leases: see `embedded_leases`.
+
+    Raises:
+        SettingsError: as `open_counters`.
+    """
+    return open_counters(counters_url(url), leases=embedded_leases(leases), embedded=True)
+
+
+def embedded_leases(enabled: bool | None) -> LeaseSettings:
+    """Whether limiters inside a program lease: what it says, else the environment variable, else yes.
+
+    Args:
+        enabled: as the program gave it.
+
+    Raises:
+        SettingsError: if the environment variable has another value than true or false.
+    """
+    if enabled is None:
+        text = os.environ.get(LEASES_VARIABLE) or "true"
+        if text.lower() not in ("true", "false"):
+            raise SettingsError(f"{LEASES_VARIABLE} {text[:40]!r} must be true or false")
+        enabled = text.lower() == "true"
+    return LeaseSettings(enabled=enabled)
 
 
 def _require_redis(url: str) -> None:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -25,8 +23,9 @@ from typing import Final, TypeVar
 
 from tidegate.background import SUPERVISOR, stop
 from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LateAnswer, LeaseReturn
-from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
+from tidegate.counters.degraded import DegradedDecisions, GuardOptions, instance_name, now_us
 from tidegate.counters.fallback import passes_without_end
+from tidegate.counters.forks import FORKS
 from tidegate.counters.guarded_holds import GuardedHolds
 from tidegate.counters.holds import HoldHandle, HoldSettlement
 from tidegate.counters.redis import heartbeat
@@ -58,7 +57,8 @@ class GuardedCounters(DegradedDecisions):
 
     def __init__(self, store: RedisCounters, options: GuardOptions | None = None, instance: str | None = None) -> None:
         super().__init__(store, options or GuardOptions())
-        self.instance = instance or f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.instance = instance or instance_name()
+        FORKS.add(self)
         self.latency = LatencyHistogram()
         """Of calls to the store that were answered or reached their deadline."""
         self._denied = self.denials.entries  # to test whether there are any: a `__len__` in Python costs ten times as much
@@ -92,6 +92,10 @@ class GuardedCounters(DegradedDecisions):
     def open_breakers(self) -> int:
         """Shards that are not called now."""
         return len(self._breakers.open)
+
+    def forked(self) -> None:
+        """See `OfOneProcess`: the loop of the parent, which may be running, is not the child's."""
+        self._loop, self._background, self.instance = None, [], instance_name()
 
     async def start(self) -> None:
         """Connect, in the running event loop, again where it is not the one of before; does not fail while the store is down."""

@@ -378,6 +378,28 @@ class LeaseTable:
         else:
             self.lost += returned.unused
 
+    def take_returns(self, most: int) -> list[LeaseReturn]:
+        """Take leases out of `returns`: each is sent once.
+
+        Args:
+            most: how many, at most.
+        """
+        taken, self.returns = self.returns[:most], self.returns[most:]
+        return taken
+
+    def take_renewals(self) -> list[Counters]:
+        """Take out `renewals`."""
+        taken, self.renewals = self.renewals, []
+        return taken
+
+    def abandon(self) -> None:
+        """Forget all leases and give none back: they belong to another process, of which this one is a copy."""
+        self.leases.clear()
+        self._by_subject.clear()
+        self._pending.clear()
+        self.returns, self.renewals = [], []
+        self._usage = LeaseUsage(self._max_subjects)
+
     def _new_request(self, counters: Counters, want: int, now_ns: int) -> LeaseRequest | None:
         if counters in self._pending or (counters not in self.leases and len(self.leases) >= self._max_subjects):
             return None

@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Final
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 0.05
 _SWEEP_STEPS: Final = 2_000
-_RETURN_BATCH: Final = 1_000
 _MAX_DIVISOR: Final = 16
 _DROP_AGAIN_S: Final = 0.4
 _CLOSE_S: Final = 2.0
@@ -57,10 +56,12 @@ class LeasedCounters:
     """
 
     immediate = False
+    make_table: ClassVar[type[LeaseTable]] = LeaseTable
+    return_batch: ClassVar[int] = 1_000
 
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
-        self.table = LeaseTable(round(ttl_s * 1e6), max_subjects)
+        self.table = self.make_table(round(ttl_s * 1e6), max_subjects)
         self.table.divisor = _MAX_DIVISOR
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
@@ -256,8 +257,7 @@ class LeasedCounters:
 
     def _renew(self) -> None:
         self._renewing = False
-        wanted, self.table.renewals = self.table.renewals, []
-        for counters in wanted:
+        for counters in self.table.take_renewals():
             task = asyncio.ensure_future(self._lease(counters))
             self._work.add(task)
             task.add_done_callback(self._work.discard)
@@ -289,8 +289,7 @@ class LeasedCounters:
             await self._send_returns()
 
     async def _send_returns(self) -> None:
-        while self.table.returns:
-            returns, self.table.returns = self.table.returns[:_RETURN_BATCH], self.table.returns[_RETURN_BATCH:]
+        while returns := self.table.take_returns(self.return_batch):
             # Not sent again where it fails: the store may have taken them.
             self.sent_returns += len(returns)
             taken: Sequence[bool] = ()

@@ -9,7 +9,7 @@ from typing import Final
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import CounterStore
-from tidegate.counters.factory import open_counters
+from tidegate.counters.factory import open_embedded
 from tidegate.decision import Check, Decision
 from tidegate.doors.bearer import refuse_bearer_key
 from tidegate.doors.client_address import FORWARDING, TrustedProxies
@@ -51,7 +51,8 @@ class RateLimitMiddleware:
     rule's statuses.
 
     A WebSocket takes a slot until it is closed, where the rule that answers its GET limits requests in progress; other WebSockets
-    pass untouched. So does the lifespan, at whose shutdown a store made from a URL is closed. Decided answers carry the limit
+    pass untouched. So does the lifespan, at whose shutdown a store made from a URL is closed; with `default_limits` those of all
+    limits of the program. Decided answers carry the limit
     headers; denials and errors have the error form.
 
     Without a policy, `default_limits` hold for each caller at each endpoint that has no `limit` of its own and is not `exempt`;
@@ -78,6 +79,7 @@ class RateLimitMiddleware:
         key_sources: where requests carry API keys, such as `("header:X-API-Key", "bearer", "query:api_key")`; the first that a
             request has decides.
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
+        leases: with a URL of Redis, whether units are leased; by default as `TIDEGATE_LEASES__ENABLED` says, else yes.
 
     Raises:
         SettingsError: unless exactly one of `gate`, `policy` and `default_limits` is given, or for a pattern that no path can
@@ -102,6 +104,7 @@ class RateLimitMiddleware:
         default_limits: str | Sequence[str] | limit | None = None,
         key: str | Callable[..., object] | None = None,
         key_sources: Iterable[str] = DEFAULT_SOURCES,
+        leases: bool | None = None,
     ) -> None:
         if sum(each is not None for each in (gate, policy, default_limits)) != 1:
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate', 'policy' and 'default_limits'")
@@ -109,12 +112,14 @@ class RateLimitMiddleware:
         self._defaults: DefaultLimits | None = None
         if default_limits is not None:
             if default_limits and not isinstance(default_limits, limit):
-                default_limits = limit(default_limits, key=key or "ip", counters=counters, trusted_proxies=trusted_proxies)
+                default_limits = limit(
+                    default_limits, key=key or "ip", counters=counters, trusted_proxies=trusted_proxies, leases=leases
+                )
             self._defaults = DefaultLimits(default_limits if isinstance(default_limits, limit) else None)
             return
         if policy is not None:
             loaded = policy if isinstance(policy, Policy) else load_policy(Path(policy))
-            store = open_counters(counters) if isinstance(counters, str) else counters
+            store = open_embedded(counters, leases) if isinstance(counters, str) else counters
             gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe)
         assert gate is not None
         self.gate = gate

@@ -7,9 +7,11 @@ from inspect import unwrap
 from typing import Any, Final, Protocol, TypeAlias
 
 from tidegate.doors.exceeded import RateLimitExceeded, loaded
-from tidegate.doors.limit import EXEMPT, LIMITS, limit
-from tidegate.doors.python_requests import DECISION
+from tidegate.doors.limit import limit
+from tidegate.doors.limited_functions import EXEMPT, LIMITS
+from tidegate.doors.request_view import DECISION
 from tidegate.doors.responses import Headers, encode, error_body, limit_headers
+from tidegate.doors.stores import close_shared
 from tidegate.errors import PolicyError, TidegateError
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -92,9 +94,8 @@ class DefaultLimits:
             await limits.end(call)
 
     async def close(self) -> None:
-        """Close the connections of its store."""
-        if self._limits is not None:
-            await self._limits.close()
+        """Close the connections of all limits of the program, those of endpoints among them: the app ends."""
+        await close_shared()
 
     def _name_of(self, scope: Scope) -> str | None:
         """Name of the endpoint of a request; None where it is exempt or has limits of its own."""

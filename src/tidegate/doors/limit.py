@@ -10,17 +10,29 @@ from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from tidegate.counters import CounterStore
 from tidegate.decision import Decision
+from tidegate.doors.asgi_request import put_starlette_headers
 from tidegate.doors.exceeded import RateLimitExceeded, loaded
 from tidegate.doors.limit_arguments import (
     Place,
     UserFunction,
     function_place,
     parameter_place,
-    parameters_of,
     request_parameters,
 )
-from tidegate.doors.limit_steps import LimitCall, LimitSteps
-from tidegate.doors.python_requests import RequestView, flask_view, put_starlette_headers, view_of
+from tidegate.doors.limit_call import LimitCall
+from tidegate.doors.limit_steps import LimitSteps
+from tidegate.doors.limited_functions import (
+    EXEMPT,
+    LIMITS,
+    RESPONSE,
+    TOO_MANY_REQUESTS,
+    answered,
+    endpoint_name,
+    take_response,
+    takes_any,
+)
+from tidegate.doors.python_requests import flask_view, view_of
+from tidegate.doors.request_view import RequestView
 from tidegate.errors import BadRequest, PolicyError, SettingsError, TidegateError
 from tidegate.policy.limits import Algorithm, OnFailure
 
@@ -29,40 +41,7 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 _Find: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], RequestView | None]
 
-EXEMPT: Final = "__tidegate_exempt__"
-LIMITS: Final = "__tidegate_limits__"
-"""Attributes of functions: whether default limits leave them out, and the limits of their own."""
 _NOT_FUNCTIONS: Final = (type, staticmethod, classmethod, property)
-_RESPONSE: Final = "tidegate_response"
-TOO_MANY_REQUESTS: Final[dict[str, Any]] = {
-    "description": "Too Many Requests: a rate limit is exceeded",
-    "headers": {
-        name: {"description": text, "schema": {"type": kind}}
-        for name, text, kind in (
-            ("Retry-After", "Seconds until the same request passes.", "integer"),
-            ("RateLimit", "Name of the limit, what is left of it, and seconds until it is replenished.", "string"),
-            ("RateLimit-Policy", "All limits that apply.", "string"),
-        )
-    },
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "error": {
-                        "type": "object",
-                        "properties": {
-                            "code": {"type": "string", "const": "RATE_LIMIT_EXCEEDED"},
-                            "message": {"type": "string"},
-                            "details": {"type": "object"},
-                        },
-                    }
-                },
-            }
-        }
-    },
-}
-"""The response of a denied request, for OpenAPI."""
 
 
 class limit(LimitSteps):
@@ -104,6 +83,8 @@ class limit(LimitSteps):
         error_message: text of the error, or a function that gives it.
         trusted_proxies: whose `X-Real-IP` and `X-Forwarded-For` are believed for `ip`.
         block: false to run the function in any case; `request.limited` of Django then says whether it was denied.
+        leases: on Redis, whether units of busy subjects are charged in advance, so that most calls need none of Redis; by default
+            as the environment variable `TIDEGATE_LEASES__ENABLED` says, else yes.
         place: named in errors, where not the caller's.
 
     Raises:
@@ -127,6 +108,7 @@ class limit(LimitSteps):
         error_message: str | Callable[..., Any] | None = None,
         trusted_proxies: Iterable[str] = (),
         block: bool = True,
+        leases: bool | None = None,
         place: Place | None = None,
     ) -> None:
         super().__init__(
@@ -144,6 +126,7 @@ class limit(LimitSteps):
             error_message=error_message,
             trusted_proxies=trusted_proxies,
             block=block,
+            leases=leases,
             place=place,
         )
         # FastAPI looks here whether a dependency is to be awaited; a call uses the method of the class.
@@ -189,68 +172,72 @@ class limit(LimitSteps):
                 self._require_blocking()
             find, parameter = self._finder(function)
         outer = list(getattr(function, LIMITS, ()))
-        passes_on = bool(outer) and parameter_place(function, _RESPONSE) is not None
+        passes_on = bool(outer) and parameter_place(function, RESPONSE) is not None
         name = self._scope or place.function + (f"#{len(outer)}" if outer else "")
 
-        if is_async:
-
-            @functools.wraps(function)
-            async def call_async(*args: Any, **kwargs: Any) -> Any:
-                response = kwargs.pop(_RESPONSE, None)
-                call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
-                try:
-                    await self._decide_async(call)
-                    if call.denied:
-                        return await self._run_async(self._deny(call))
-                except TidegateError as error:
-                    return _answered(call, error)
-                if response is not None and call.decision is not None:
-                    put_starlette_headers(response, call.kept)
-                try:
-                    result = await (
-                        function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
-                    )
-                    if call.unfinished:
-                        await self._run_async(self._finish(call, result, function))
-                except BaseException as error:
-                    if call.unfinished:
-                        await self._end_failed_async(call, error)
-                    raise
-                if call.decision is not None and call.view is not None:
-                    call.view.add_headers(result, call.decision)
-                return result
-
-            wrapper: Any = call_async
-        else:
-
-            @functools.wraps(function)
-            def call_blocking(*args: Any, **kwargs: Any) -> Any:
-                response = kwargs.pop(_RESPONSE, None)
-                call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
-                try:
-                    self._decide(call)
-                    if call.denied:
-                        return self._run(self._deny(call))
-                except TidegateError as error:
-                    return _answered(call, error)
-                if response is not None and call.decision is not None:
-                    put_starlette_headers(response, call.kept)
-                try:
-                    result = function(*args, **kwargs, **{_RESPONSE: response}) if passes_on else function(*args, **kwargs)
-                    if call.unfinished:
-                        self._run(self._finish(call, result, function))
-                except BaseException as error:
-                    if call.unfinished:
-                        self._end_failed(call, error)
-                    raise
-                if call.decision is not None and call.view is not None:
-                    call.view.add_headers(result, call.decision)
-                return result
-
-            wrapper = call_blocking
+        wrap = self._wrap_async if is_async else self._wrap_blocking
+        wrapper = wrap(function, name, find, parameter, passes_on)
         setattr(wrapper, LIMITS, [*outer, self])
-        _take_response(wrapper, function)
+        take_response(wrapper, function)
         return cast("F", wrapper)
+
+    def _wrap_async(
+        self, function: Callable[..., Any], name: str, find: _Find, parameter: tuple[int, Any] | None, passes_on: bool
+    ) -> Callable[..., Any]:
+        @functools.wraps(function)
+        async def call_async(*args: Any, **kwargs: Any) -> Any:
+            response = kwargs.pop(RESPONSE, None)
+            call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
+            try:
+                await self._decide_async(call)
+                if call.denied:
+                    return await self._run_async(self._deny(call))
+            except TidegateError as error:
+                return answered(call, error)
+            if response is not None and call.decision is not None:
+                put_starlette_headers(response, call.kept)
+            try:
+                result = await (function(*args, **kwargs, **{RESPONSE: response}) if passes_on else function(*args, **kwargs))
+                if call.unfinished:
+                    await self._run_async(self._finish(call, result, function))
+            except BaseException as error:
+                if call.unfinished:
+                    await self._end_failed_async(call, error)
+                raise
+            if call.decision is not None and call.view is not None:
+                call.view.add_headers(result, call.decision)
+            return result
+
+        return call_async
+
+    def _wrap_blocking(
+        self, function: Callable[..., Any], name: str, find: _Find, parameter: tuple[int, Any] | None, passes_on: bool
+    ) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call_blocking(*args: Any, **kwargs: Any) -> Any:
+            response = kwargs.pop(RESPONSE, None)
+            call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
+            try:
+                self._decide(call)
+                if call.denied:
+                    return self._run(self._deny(call))
+            except TidegateError as error:
+                return answered(call, error)
+            if response is not None and call.decision is not None:
+                put_starlette_headers(response, call.kept)
+            try:
+                result = function(*args, **kwargs, **{RESPONSE: response}) if passes_on else function(*args, **kwargs)
+                if call.unfinished:
+                    self._run(self._finish(call, result, function))
+            except BaseException as error:
+                if call.unfinished:
+                    self._end_failed(call, error)
+                raise
+            if call.decision is not None and call.view is not None:
+                call.view.add_headers(result, call.decision)
+            return result
+
+        return call_blocking
 
     def _require_blocking(self) -> None:
         """Refuse what a function without an event loop cannot use."""
@@ -266,7 +253,7 @@ class limit(LimitSteps):
         named = request_parameters(function)
         key = self._key
         parameter = parameter_place(function, key) if isinstance(key, str) and key not in ("ip", "api_key") else None
-        takes_arguments = bool(named) or loaded("flask") is not None or _takes_any(function)
+        takes_arguments = bool(named) or loaded("flask") is not None or takes_any(function)
         if isinstance(key, str) and parameter is None and not takes_arguments:
             raise SettingsError(
                 f"key {key!r} needs a request, or a parameter of that name; the function has neither: "
@@ -387,7 +374,7 @@ class limit(LimitSteps):
         view = view_of(connection)
         if view is None:
             raise BadRequest(f"{type(connection).__name__} is not a request of a framework that Tidegate knows", field="request")
-        named = name or self._scope or _endpoint_name(connection, self._label)
+        named = name or self._scope or endpoint_name(connection, self._label)
         call = LimitCall(named, view, (connection,), {}, ends=ends)
         await self._decide_async(call)
         if call.denied:
@@ -459,72 +446,3 @@ class limit(LimitSteps):
         counted = key if isinstance(key, str) else "" if key is None else getattr(key.function, "__qualname__", "")
         methods = ",".join(sorted(self._methods or ()))
         return f"{counted}:{methods}:{self._algorithm}"
-
-
-def exempt(function: F) -> F:
-    """Leave a function out of default limits: those of a middleware or extension, and of a FastAPI app's `dependencies`.
-
-        @app.get("/health")
-        @exempt
-        def health(): ...
-
-    Args:
-        function: the endpoint or view.
-
-    Returns:
-        The same function.
-    """
-    setattr(function, EXEMPT, True)
-    return function
-
-
-def _answered(call: LimitCall, error: TidegateError) -> Any:
-    """What a view returns for an error where its framework has no exception for it; else the error is raised.
-
-    What a function of the user gave wrongly, a limit or a cost, is no client's mistake: the framework answers and logs it as any
-    exception of the view.
-    """
-    if call.view is None or isinstance(error, PolicyError):
-        raise error
-    answer = call.view.answer(error)
-    if answer is None:
-        raise error if isinstance(error, RateLimitExceeded) else call.view.failure(error) from error
-    return answer
-
-
-def _endpoint_name(connection: Any, label: str) -> str:
-    """A name for the limit of an endpoint: the same in every process, also after other code was changed."""
-    scope = getattr(connection, "scope", None) or {}
-    endpoint = scope.get("endpoint")
-    match = getattr(connection, "resolver_match", None)
-    if endpoint is None and match is not None:
-        endpoint = match.func
-    if endpoint is None:
-        return f"all|{label}"
-    return f"{endpoint.__module__}.{getattr(endpoint, '__qualname__', type(endpoint).__name__)}|{label}"
-
-
-def _takes_any(function: Callable[..., Any]) -> bool:
-    """Whether a function takes arguments that its signature does not name, among which a request may be."""
-    return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters_of(function).values())
-
-
-def _take_response(wrapper: Any, function: Callable[..., Any]) -> None:
-    """Have FastAPI hand the response of an endpoint to the wrapper, which puts the limit headers on it."""
-    if loaded("fastapi") is None or not request_parameters(function):
-        return
-    from starlette.responses import Response
-
-    try:
-        signature = inspect.signature(function, eval_str=True)
-    except (AttributeError, NameError, SyntaxError, TypeError, ValueError):
-        return  # annotations that cannot be evaluated, such as imports for type checkers alone: not an endpoint of FastAPI
-    parameters = list(signature.parameters.values())
-    if _RESPONSE in signature.parameters:
-        return  # of another limit of the same endpoint
-    if any(str(getattr(each.annotation, "__module__", "")).startswith("litestar") for each in parameters):
-        return  # an endpoint of Litestar in a program that uses both
-    added = inspect.Parameter(_RESPONSE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Response)
-    place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
-    parameters.insert(place, added)
-    wrapper.__signature__ = signature.replace(parameters=parameters)

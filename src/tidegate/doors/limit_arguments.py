@@ -166,19 +166,22 @@ def parsed_limits(texts: tuple[str, ...], algorithm: Algorithm) -> tuple[tuple[L
     return fit_limits(algorithm, rates) if rates or slots is None else (), slots
 
 
-def call_limits(name: str, texts: tuple[str, ...], algorithm: Algorithm, on_failure: OnFailure) -> CallLimits:
+def call_limits(
+    name: str, texts: tuple[str, ...], algorithm: Algorithm, on_failure: OnFailure, leases: bool = True
+) -> CallLimits:
     """The limits of a call, ready for a counter store.
 
     Args:
         name: of the limit.
         texts: as a limit has them.
+        leases: whether units may be leased.
 
     Raises:
         PolicyError: if they are not valid.
     """
     rates, slots = parsed_limits(texts, algorithm)
     return CallLimits(
-        LimitSet(f"limit/{name}", algorithm, rates, on_failure, rule=name) if rates else None,
+        LimitSet(f"limit/{name}", algorithm, rates, on_failure, rule=name, leases=leases) if rates else None,
         LimitSet(f"slots/limit/{name}", ConcurrencyAlgorithm.CONCURRENT, (slots,), on_failure, rule=name) if slots else None,
     )
 

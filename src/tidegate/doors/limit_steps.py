@@ -6,14 +6,14 @@ decides it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
 import msgspec
 
 from tidegate.counters import Counters, CounterStore
-from tidegate.counters.holds import HoldSettlement
-from tidegate.decision import MAX_COST, Decision
+from tidegate.counters.factory import embedded_leases
+from tidegate.decision import Decision
 from tidegate.doors.call_holds import STEPS, CallHold, OpenHold
 from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.exceeded import RateLimitExceeded, loaded, starlette_error
@@ -30,64 +30,18 @@ from tidegate.doors.limit_arguments import (
     optional_function,
     parsed_limits,
 )
-from tidegate.doors.limiter import fit_subject
-from tidegate.doors.python_requests import DjangoRequest, RequestView, client_ip, stricter
+from tidegate.doors.limit_call import LimitCall, Steps, charged, response_of, settled_decision
+from tidegate.doors.limited_subject import fit_subject
+from tidegate.doors.python_requests import client_ip
+from tidegate.doors.request_view import RequestView, stricter
 from tidegate.doors.stores import SWITCHES, SharedStore, shared_store
+from tidegate.doors.wsgi_requests import DjangoRequest
 from tidegate.errors import BadRequest, PolicyError, SettingsError, clip
 from tidegate.policy.fields import member_of
 from tidegate.policy.limits import Algorithm, LimitSet, OnFailure
 
-Steps = Generator[Any, Any, Any]
-"""Yields (limits, subject, cost) to be decided, a step of a hold, or something to be awaited; receives the result."""
 _MAX_SETS: Final = 4096
 _MAX_CLIENTS: Final = 4096
-
-
-class LimitCall:
-    """One call of a limited function, or one request of a dependency.
-
-    Args:
-        ends: whether its end will be known, which a concurrency limit needs.
-    """
-
-    __slots__ = (
-        "args", "cost", "decision", "denied", "ends", "hold", "kept", "kwargs", "name", "parameter", "pending", "rates",
-        "subject", "view",
-    )  # fmt: skip
-    rates: LimitSet | None
-    subject: str
-    cost: int
-    kept: Decision
-    """The decision whose headers the request gets: of its limits the strictest. These four are set once there is a decision."""
-
-    def __init__(
-        self,
-        name: str,
-        view: RequestView | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        parameter: tuple[int, Any] | None = None,
-        ends: bool = True,
-    ) -> None:
-        self.name = name
-        self.view = view
-        self.args = args
-        self.kwargs = kwargs
-        self.parameter = parameter
-        self.ends = ends
-        self.pending = False
-        self.denied = False
-        self.decision: Decision | None = None
-        self.hold: CallHold | None = None
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether it has to be charged or settled when it has run."""
-        return self.pending or self.hold is not None
-
-    def ask(self, function: UserFunction) -> Any:
-        """Call a function of the user."""
-        return function.call(None if self.view is None else self.view.native, self.args, self.kwargs)
 
 
 class LimitSteps:
@@ -110,6 +64,7 @@ class LimitSteps:
         error_message: str | Callable[..., Any] | None = None,
         trusted_proxies: Iterable[str] = (),
         block: bool = True,
+        leases: bool | None = None,
         place: Place | None = None,
     ) -> None:
         self._place: Place = place or caller_place(2)
@@ -132,6 +87,7 @@ class LimitSteps:
             self._scope = scope
             if scope is not None and (not isinstance(scope, str) or not scope):
                 raise SettingsError(f"scope {clip(scope)} must be a non-empty text such as 'search'")
+            self._leases = embedded_leases(leases).enabled
             self._store: SharedStore = shared_store(counters)
             if slots is not None:
                 self._require_slots(slots.text)
@@ -214,7 +170,7 @@ class LimitSteps:
         call.subject = yield from self._subject(call)
         cost = self._cost
         if self._cost_of is not None:
-            cost = 1 if self._cost_of.of_result else _charged(self._place, (yield from self._ask(self._cost_of, call)))
+            cost = 1 if self._cost_of.of_result else charged(self._place, (yield from self._ask(self._cost_of, call)))
         call.cost = cast("int", cost)
         if limits.slots is not None and not call.ends:
             raise PolicyError(
@@ -279,11 +235,11 @@ class LimitSteps:
             return
         settlement = yield hold
         if hold.limits is not None and self._deduct_when is not None and settlement is not None:
-            self._keep(call, _settled_decision(hold.limits, settlement, call.decision))
+            self._keep(call, settled_decision(hold.limits, settlement, call.decision))
 
     def _abandon(self, call: LimitCall, error: BaseException) -> Steps:
         """Charge a call that raised."""
-        response = _response_of(error)
+        response = response_of(error)
         hold, pending = call.hold, call.pending
         call.pending = False
         if pending and response is not None:
@@ -306,7 +262,7 @@ class LimitSteps:
         cost = call.cost
         if self._cost_of is not None and self._cost_of.of_result:
             counted = self._cost_of.function(result)
-            cost = _charged(self._place, (yield counted) if self._cost_of.is_async else counted)
+            cost = charged(self._place, (yield counted) if self._cost_of.is_async else counted)
         decision = yield (call.rates, call.subject, cost)
         if not decision.allowed and decision.remaining:
             decision = yield (call.rates, call.subject, min(cost, decision.remaining))
@@ -355,7 +311,7 @@ class LimitSteps:
     def _limits_of_call(self, name: str, texts: tuple[str, ...]) -> CallLimits:
         known = self._sets.get((name, texts))
         if known is None:
-            known = call_limits(name, texts, self._algorithm, self._on_failure)
+            known = call_limits(name, texts, self._algorithm, self._on_failure, self._leases)
             if known.slots is not None:
                 self._require_slots(known.slots.limits[0].text)
             if len(self._sets) >= _MAX_SETS:
@@ -449,7 +405,8 @@ class LimitSteps:
         if store.memory is not None:
             decision = store.memory.charge_one(limits, call.subject, cost)
         else:
-            decision = await store.decide_async(limits, call.subject, cost)
+            leased = store.take(limits, call.subject, cost)
+            decision = leased if leased is not None else await store.decide_async(limits, call.subject, cost)
         self._decided(call, decision)
 
     def _end_failed(self, call: LimitCall, error: BaseException) -> None:
@@ -492,28 +449,3 @@ class LimitSteps:
                 step = steps.send(answer)
         except StopIteration as finished:
             return finished.value
-
-
-def _settled_decision(limits: LimitSet, settled: HoldSettlement, before: Decision | None) -> Decision:
-    """What is left after a settlement, as a decision."""
-    binding = next((each for each in limits.limits if each.capacity == settled.limit), limits.limits[0])
-    at_us = 0 if before is None else before.at_us
-    return Decision(True, binding, settled.remaining, settled.reset_after_us or 0, 0, at_us, limits)
-
-
-def _response_of(error: BaseException) -> Any:
-    """What an exception that ends as a response says to `deduct_when`; None for others, which are not charged."""
-    if hasattr(error, "get_response"):
-        return error.get_response()
-    return error if hasattr(error, "status_code") else None
-
-
-def _charged(place: Place, cost: Any) -> int:
-    """A cost that a function gave."""
-    if type(cost) is not int or not 0 <= cost <= MAX_COST:
-        raise PolicyError(
-            f"the function given as cost returned {clip(cost)}; it must return a whole number from 0 to {MAX_COST}",
-            place.file,
-            place.line,
-        )
-    return cost

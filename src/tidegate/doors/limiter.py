@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Self
 
-from tidegate.counters import Charge, CounterStore
+from tidegate.counters import Charge, CounterStore, LeasingCounterStore
 from tidegate.counters.blocking import BlockingCounterStore
 from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
 from tidegate.counters.memory import MemoryCounters
@@ -20,115 +18,16 @@ from tidegate.counters.reservations import (
 )
 from tidegate.decision import MAX_COST, Decision
 from tidegate.doors.hold import AsyncHold, SyncHold
+from tidegate.doors.limited_subject import DIGEST, LONGEST_SUBJECT, LimitedSubject, checked_cost, fit_subject
+from tidegate.doors.limiter_limits import LimiterLimits
 from tidegate.doors.stores import SWITCHES, open_blocking_store, open_memory_or_redis
 from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
-from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, clip
-from tidegate.gate.holds import checked_ttl_s, fitting_cost
-from tidegate.gate.request_limits import counter_subject
-from tidegate.policy.attributes import checked_attributes
-from tidegate.policy.descriptors import entries_text
-from tidegate.policy.fields import member_of
-from tidegate.policy.limits import Algorithm, Limit, LimitSet, OnFailure
-from tidegate.policy.namespaces import MAX_SUBJECT, CompiledNamespace
-from tidegate.policy.toml_reader import load_policy
+from tidegate.errors import StoreUnavailable
+from tidegate.policy.limits import Algorithm, OnFailure
 from tidegate.retry_pause import checked_wait_s
-from tidegate.timestamps import US_PER_S
-
-LONGEST_SUBJECT: Final = 128
-_DIGEST: Final = "h:"
-"""Before the digest that is counted in place of a long subject. A subject that begins so is counted by its digest too."""
-
-LimitedSubject: TypeAlias = str | Mapping[str, str]
-"""Whom a limiter counts: any text, or attributes, of which each combination counts for itself."""
 
 
-class _Limits:
-    """What both limiters have in common: the limits, and what is refused before anything is charged."""
-
-    def __init__(
-        self,
-        limits: str | Sequence[str],
-        *,
-        algorithm: str,
-        counters: Any,  # noqa: ARG002 - opened by the subclass
-        name: str | None,
-        on_failure: str,
-    ) -> None:
-        texts = [limits] if isinstance(limits, str) else list(limits)
-        label = name or ", ".join(texts)
-        # '/' is in no tier's name: no rule of a policy on the same store has this name.
-        self._limits = LimitSet(
-            f"limiter/{label}",
-            member_of(Algorithm, algorithm, "algorithm"),
-            [Limit.parse(text) for text in texts],
-            member_of(OnFailure, on_failure, "on_failure"),
-            rule=label,
-        )
-
-    _namespace: CompiledNamespace | None = None
-    """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""
-
-    @classmethod
-    def from_policy(cls, path: str | Path, namespace: str, *, counters: Any = "memory://") -> Self:
-        """A limiter with the limits, algorithm and overrides of `[[namespaces]]` in a policy file, which is read once.
-
-        It counts together with `POST /v1/limit` of the same namespace on the same store.
-
-        Args:
-            path: of the policy file.
-            namespace: name of one that has limits.
-            counters: URL or a store.
-
-        Raises:
-            PolicyError: if the policy is refused or has no such namespace.
-            SettingsError: if the URL is not understood.
-        """
-        known = {each.name: each for each in load_policy(Path(path)).namespaces}
-        found = known.get(namespace)
-        if found is None or not found.limits:
-            names = ", ".join(name for name, each in known.items() if each.limits) or "none"
-            raise PolicyError(f"the policy has no [[namespaces]] with limits named {clip(namespace)}: it has {names}", str(path))
-        texts = [limit.text for limit in found.limits]
-        made = cls(texts, algorithm=found.algorithm, counters=counters, name=namespace, on_failure=found.on_failure)
-        made._namespace = CompiledNamespace(found)
-        return made
-
-    def _counter(self, subject: LimitedSubject) -> tuple[LimitSet, str]:
-        """The limits of a subject, and the name it is counted by."""
-        if self._namespace is None:
-            return self._limits, fit_subject(subject)
-        if type(subject) is not str or not 0 < len(subject) <= MAX_SUBJECT:
-            raise BadRequest(f"subject {clip(subject)} must be a text of 1 to {MAX_SUBJECT} characters", field="subject")
-        limits = self._namespace.limits_of(subject)
-        assert limits is not None, "checked by from_policy"
-        return limits, counter_subject(subject)
-
-    def _charges(self, asked: Sequence[tuple[LimitedSubject, int]]) -> list[Charge]:
-        return [Charge((self._counter(subject),), checked_cost(cost)) for subject, cost in asked]
-
-    def _not_reservable(self) -> BadRequest:
-        if not can_reserve((self._limits,)):
-            return BadRequest(
-                f"algorithm '{self._limits.algorithm}' gives no reservations; use fixed_window, sliding_window, token_bucket or "
-                "leaky_bucket, or `wait`",
-                field="algorithm",
-            )
-        return BadRequest("this counter store gives no reservations; give its URL as counters, or use `wait`", field="counters")
-
-    def _reservation(
-        self, subject: LimitedSubject, cost: int, ttl_s: int, clamp: bool
-    ) -> tuple[tuple[tuple[LimitSet, str], ...], int, int]:
-        """The counters of a hold, the units to reserve, and after how many µs it expires."""
-        counters = (self._counter(subject),)
-        return counters, fitting_cost(counters, checked_cost(cost), clamp), checked_ttl_s(ttl_s) * US_PER_S
-
-    def _allowed_in_tests(self) -> Decision:
-        """While `tidegate.testing.allow_all` holds."""
-        limit = self._limits.limits[0]
-        return Decision(True, limit, limit.capacity, limits=self._limits)
-
-
-class Limiter(_Limits):
+class Limiter(LimiterLimits):
     """Decides for subjects of your choice.
 
         limiter = Limiter("100/minute")
@@ -144,6 +43,8 @@ class Limiter(_Limits):
         counters: URL or a store; `memory://` counts in this process.
         name: limiters of one name on one store share their counts; made from the limits where not given.
         on_failure: local, allow or deny, while the store is unavailable.
+        leases: with a URL of Redis, whether units of busy subjects are charged in advance, so that most checks need no call; by
+            default as the environment variable `TIDEGATE_LEASES__ENABLED` says, else yes.
 
     Raises:
         PolicyError: if a limit is not understood or does not fit the algorithm.
@@ -158,10 +59,12 @@ class Limiter(_Limits):
         counters: str | CounterStore = "memory://",
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
+        leases: bool | None = None,
     ) -> None:
-        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
-        self.counters: CounterStore = open_memory_or_redis(counters)
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure, leases=leases)
+        self.counters: CounterStore = open_memory_or_redis(counters, leases)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
+        self._take = self.counters.charge_now if isinstance(self.counters, LeasingCounterStore) else None
         self._waiting = AsyncWaiting()
 
     async def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
@@ -183,13 +86,16 @@ class Limiter(_Limits):
         limits = self._limits
         if self._namespace is not None:
             limits, subject = self._counter(subject)
-        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(DIGEST):
             subject = fit_subject(subject)
         if not SWITCHES.enforced:
             return self._allowed_in_tests()
         if self._charge_one is not None:
             return self._charge_one(limits, subject, cost)
-        outcome = (await self.counters.charge((Charge(((limits, subject),), cost),)))[0]
+        counters = ((limits, subject),)
+        if self._take is not None and (decision := self._take(counters, cost)) is not None:
+            return decision
+        outcome = (await self.counters.charge((Charge(counters, cost),)))[0]
         if isinstance(outcome, StoreUnavailable):
             raise outcome
         return outcome
@@ -338,7 +244,7 @@ class Limiter(_Limits):
         await self.close()
 
 
-class SyncLimiter(_Limits):
+class SyncLimiter(LimiterLimits):
     """`Limiter` for code without an event loop: scripts, threads, WSGI. Thread-safe; counts together with a `Limiter` of the
     same name on the same Redis.
 
@@ -355,6 +261,7 @@ class SyncLimiter(_Limits):
         counters: URL or a store for threads; `memory://` counts in this process.
         name: as for `Limiter`.
         on_failure: as for `Limiter`.
+        leases: as for `Limiter`; a thread gives back what is not used.
 
     Raises:
         PolicyError: as `Limiter`.
@@ -369,9 +276,10 @@ class SyncLimiter(_Limits):
         counters: str | BlockingCounterStore = "memory://",
         name: str | None = None,
         on_failure: str = OnFailure.LOCAL,
+        leases: bool | None = None,
     ) -> None:
-        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
-        self.counters: BlockingCounterStore = open_blocking_store(counters)
+        super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure, leases=leases)
+        self.counters: BlockingCounterStore = open_blocking_store(counters, leases)
         self._waiting = BlockingWaiting()
 
     def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
@@ -381,7 +289,7 @@ class SyncLimiter(_Limits):
         limits = self._limits
         if self._namespace is not None:
             limits, subject = self._counter(subject)
-        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(_DIGEST):
+        elif not subject or type(subject) is not str or len(subject) > LONGEST_SUBJECT or subject.startswith(DIGEST):
             subject = fit_subject(subject)
         if not SWITCHES.enforced:
             return self._allowed_in_tests()
@@ -441,27 +349,3 @@ class SyncLimiter(_Limits):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def checked_cost(cost: object) -> int:
-    """A cost that can be charged.
-
-    Raises:
-        BadRequest: if it is not a whole number from 0 to 1,000,000,000.
-    """
-    if type(cost) is not int or not 0 <= cost <= MAX_COST:
-        raise BadRequest(f"cost {clip(cost)} must be a whole number from 0 to {MAX_COST}", field="cost")
-    return cost
-
-
-def fit_subject(subject: object) -> str:
-    """The subject itself, or a digest where it is longer than a counter's key should be, or could be taken for a digest."""
-    if isinstance(subject, Mapping) and (attributes := checked_attributes(subject)):
-        text = entries_text(sorted(attributes.items()))
-        # Always a digest, of a kind that no text has: a text that reads like attributes is another subject.
-        return _DIGEST + hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=32, person=b"attributes").hexdigest()
-    if type(subject) is not str or not subject:
-        raise BadRequest(f"subject {clip(subject)} must be a non-empty string such as 'user-42', or attributes", field="subject")
-    if len(subject) <= LONGEST_SUBJECT and not subject.startswith(_DIGEST):
-        return subject
-    return _DIGEST + hashlib.blake2b(subject.encode(errors="surrogatepass"), digest_size=32).hexdigest()

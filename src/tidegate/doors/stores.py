@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Final
 from weakref import WeakSet
 
-from tidegate.counters import Charge, Counters, CounterStore
+from tidegate.counters import Charge, Counters, CounterStore, LeasingCounterStore
 from tidegate.counters.blocking import BlockingCounterStore, BlockingMemory
-from tidegate.counters.factory import open_blocking, open_counters
+from tidegate.counters.factory import embedded_leases, open_blocking, open_counters
 from tidegate.counters.holds import (
     BlockingHoldingStore,
     HoldHandle,
@@ -55,28 +55,30 @@ class TestSwitches:
 SWITCHES: Final = TestSwitches()
 
 
-def open_memory_or_redis(counters: str | CounterStore) -> CounterStore:
+def open_memory_or_redis(counters: str | CounterStore, leases: bool | None = None) -> CounterStore:
     """The store of a `Limiter`: counters in memory are its own.
 
     Args:
         counters: URL, or a store, which is returned as it is.
+        leases: see `embedded_leases`.
 
     Raises:
         SettingsError: if the URL is not understood.
     """
     if not isinstance(counters, str):
         return counters
-    store = open_counters(_settings(counters), clock=SWITCHES.clock)
+    store = open_counters(_settings(counters), clock=SWITCHES.clock, leases=embedded_leases(leases), embedded=True)
     if isinstance(store, MemoryCounters):
         SWITCHES.memory.add(store)
     return store
 
 
-def open_blocking_store(counters: str | BlockingCounterStore) -> BlockingCounterStore:
+def open_blocking_store(counters: str | BlockingCounterStore, leases: bool | None = None) -> BlockingCounterStore:
     """The store of a `SyncLimiter`: counters in memory are its own.
 
     Args:
         counters: URL, or a store for threads.
+        leases: see `embedded_leases`.
 
     Raises:
         SettingsError: if the URL is not understood, or the store needs an event loop.
@@ -88,34 +90,44 @@ def open_blocking_store(counters: str | BlockingCounterStore) -> BlockingCounter
                 "'memory://' or 'redis://127.0.0.1:6379'"
             )
         return counters
-    store = open_blocking(_settings(counters), clock=SWITCHES.clock)
+    store = open_blocking(_settings(counters), clock=SWITCHES.clock, leases=embedded_leases(leases))
     if isinstance(store, BlockingMemory):
         SWITCHES.memory.add(store)
     return store
 
 
+def _no_lease(limits: LimitSet, subject: str, cost: int) -> Decision | None:  # noqa: ARG001
+    return None
+
+
 class SharedStore:
-    """A store for functions of both kinds, `def` and `async def`. On Redis each kind has connections of its own.
+    """A store for functions of both kinds, `def` and `async def`. On Redis each kind has connections, and leases, of its own.
 
     Args:
         counters: URL, or a store.
+
+    Attributes:
+        memory: the counters, where they are in memory.
+        take: decides a call in an event loop from a lease; gives None where `decide_async` must.
     """
 
     def __init__(self, counters: str | CounterStore) -> None:
         self._url = counters if isinstance(counters, str) else None
         self._lock = threading.Lock()
         self.memory: MemoryCounters | None = None
+        self.take = _no_lease
         self._shared: CounterStore | None = None
         self._blocking: BlockingCounterStore | None = None
         if isinstance(counters, str):
-            blocking = open_blocking_store(counters)
+            # Whether a limit is leased is its own matter: `LimitSet.leasable`.
+            blocking = open_blocking_store(counters, leases=True)
             self._blocking = blocking
             if isinstance(blocking, BlockingMemory):
                 self.memory = blocking
         elif isinstance(counters, MemoryCounters):
             self.memory = counters
         else:
-            self._shared = counters
+            self._use(counters)
 
     @property
     def needs_loop(self) -> bool:
@@ -145,8 +157,15 @@ class SharedStore:
             with self._lock:
                 if self._shared is None:
                     assert self._url is not None
-                    self._shared = open_counters(_settings(self._url))
+                    self._use(open_counters(_settings(self._url), leases=embedded_leases(True), embedded=True))
+        assert self._shared is not None
         return self._shared
+
+    def _use(self, store: CounterStore) -> None:
+        if isinstance(store, LeasingCounterStore):
+            decide = store.charge_now
+            self.take = lambda limits, subject, cost: decide(((limits, subject),), cost)
+        self._shared = store
 
     @property
     def keeps_holds(self) -> bool:
@@ -186,8 +205,8 @@ class SharedStore:
 
     async def close(self) -> None:
         """Close connections; the next decision opens new ones."""
-        shared, self._shared = (self._shared, None) if self._url is not None else (None, self._shared)
-        if shared is not None:
+        if self._url is not None and (shared := self._shared) is not None:
+            self._shared, self.take = None, _no_lease
             await shared.close()
         if self._blocking is not None and self.memory is None:
             self._blocking.disconnect()

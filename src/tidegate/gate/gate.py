@@ -13,8 +13,7 @@ from tidegate.catalog.cache_level import Caller
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters import Charge, ChargeOutcome, Counters, CounterStore, ImmediateCounterStore, LeasingCounterStore
-from tidegate.counters.factory import open_counters
-from tidegate.counters.storage_uri import counters_url
+from tidegate.counters.factory import open_embedded
 from tidegate.decision import Check, Decision, Usage, require_tier
 from tidegate.errors import BadRequest, MissingApiKey, StoreUnavailable, TidegateError
 from tidegate.gate.access import AccessControl
@@ -369,19 +368,25 @@ class Gate:
 
     @classmethod
     def from_policy(
-        cls, path: str | Path, *, counters: str | CounterStore = "memory://", observe: Observer | None = None
+        cls,
+        path: str | Path,
+        *,
+        counters: str | CounterStore = "memory://",
+        observe: Observer | None = None,
+        leases: bool | None = None,
     ) -> Self:
         """A gate for a policy file, which is read once.
 
         Args:
             counters: URL or a store.
             observe: callback run for every check.
+            leases: with a URL of Redis, whether units are leased; by default as `TIDEGATE_LEASES__ENABLED` says, else yes.
 
         Raises:
             PolicyError: if the policy is refused.
             SettingsError: if the URL is not understood.
         """
-        store = open_counters(counters_url(counters)) if isinstance(counters, str) else counters
+        store = open_embedded(counters, leases) if isinstance(counters, str) else counters
         return cls(CachedCatalog(PolicyCatalog(load_policy(Path(path)))), store, observe)
 
     async def __aenter__(self) -> Self:

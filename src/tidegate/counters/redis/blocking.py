@@ -14,7 +14,9 @@ from typing import cast
 
 import msgspec
 
-from tidegate.counters.redis.blocking_connection import BlockingConnection
+from tidegate.counters import Counters, LeaseReturn
+from tidegate.counters.redis.blocking_connection import BlockingConnection, sockets_open_before
+from tidegate.counters.redis.keyspace import hash_tag
 from tidegate.counters.redis.pipeline import ConnectionOptions
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.store import RedisCounters
@@ -24,6 +26,27 @@ from tidegate.counters.redis.url import Topology as Kind
 from tidegate.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
+
+
+class _Session:
+    """A server, equal whenever it was named: a socket that was open then and still is leads to the same process.
+
+    Args:
+        connection: to the server.
+        at_ns: when, monotonic.
+    """
+
+    __slots__ = ("at_ns", "connection")
+
+    def __init__(self, connection: object, at_ns: int) -> None:
+        self.connection = connection
+        self.at_ns = at_ns
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Session) and other.connection is self.connection
+
+    def __hash__(self) -> int:
+        return id(self.connection)
 
 
 class _BlockingServers:
@@ -224,6 +247,19 @@ class BlockingRedisCounters(RedisCounters):
 
     def _ready(self) -> bool:
         return True
+
+    def session(self, counters: Counters) -> object:
+        """See `LeaseGrantor.session`."""
+        try:
+            return _Session(self._connection(hash_tag(counters[0][1])), time.monotonic_ns())
+        except StoreUnavailable:
+            return None
+
+    async def give_back(self, returns: Sequence[LeaseReturn]) -> list[bool]:
+        """See `LeaseGrantor.give_back`: over sockets that were open when the leases were granted."""
+        moments = [each.session.at_ns for each in returns if isinstance(each.session, _Session)]
+        with sockets_open_before(min(moments, default=0)):
+            return await super().give_back(returns)
 
     async def close(self) -> None:
         """Close all idle sockets."""

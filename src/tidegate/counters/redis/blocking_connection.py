@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any, Final, TypeVar, cast
 
 import hiredis
@@ -34,6 +34,7 @@ _MIN_CONNECT_S: Final = 0.25
 _CHUNK: Final = 65_536
 _INCOMPLETE: Final = new_reader().gets()
 _ASKING: Final = encode_command("ASKING")
+_OPEN_BEFORE: Final = threading.local()
 
 
 def run_blocking(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -86,11 +87,12 @@ class Answered:
 class _Socket:
     """One connection: send some commands, read as many replies."""
 
-    __slots__ = ("_reader", "checked_at", "endpoint", "sock")
+    __slots__ = ("_reader", "checked_at", "endpoint", "opened_ns", "sock")
 
     def __init__(self, sock: socket.socket, endpoint: Endpoint) -> None:
         self.sock = sock
         self.endpoint = endpoint
+        self.opened_ns = time.monotonic_ns()
         self.checked_at = time.monotonic()
         self._reader = new_reader()
 
@@ -190,7 +192,26 @@ class BlockingConnection:
         self.loads.clear()
         self.refuses_load = False
 
+    def _exchange_as_before(self, data: bytes, replies: int, before_ns: int) -> list[Any]:
+        """Send once, over a socket that was open at some moment."""
+        others = []
+        while (used := self._take_idle()) is not None and used.opened_ns >= before_ns:
+            others.append(used)
+        self._idle += others
+        if used is None:
+            raise StoreUnavailable(f"no connection to Redis at {self.endpoint} is old enough", reason="disconnected")
+        try:
+            return self._with(used, data, replies)
+        except TimeoutError:
+            raise self._timed_out() from None
+        except (OSError, hiredis.ProtocolError) as error:
+            self.drop(str(error))
+            raise self._unreachable(str(error)) from None
+
     def _exchange(self, data: bytes, replies: int) -> list[Any]:
+        before_ns = getattr(_OPEN_BEFORE, "ns", None)
+        if before_ns is not None:
+            return self._exchange_as_before(data, replies, before_ns)
         pooled = self._take_idle()
         if pooled is not None:
             try:
@@ -291,6 +312,21 @@ class BlockingConnection:
     def _failed(self) -> None:
         if self._on_failure is not None:
             self._on_failure()
+
+
+@contextlib.contextmanager
+def sockets_open_before(moment_ns: int) -> Iterator[None]:
+    """Have this thread send each command once, and over sockets only that were open at some moment: to servers that have not been
+    restarted since. Others fail.
+
+    Args:
+        moment_ns: the moment, monotonic.
+    """
+    _OPEN_BEFORE.ns = moment_ns
+    try:
+        yield
+    finally:
+        _OPEN_BEFORE.ns = None
 
 
 def connect_socket(endpoint: Endpoint, timeout_s: float) -> socket.socket:

@@ -195,6 +195,10 @@ class Pipeline(asyncio.Protocol):
             # The replies that follow cannot be matched any more: one might go to the wrong command.
             self.drop(f"protocol error: {str(error) or 'a reply announces more elements than fit in memory'}")
 
+    def flush(self) -> None:
+        """Write at once what was enqueued: in a loop that ends there is no next turn."""
+        self._flush()
+
     def _flush(self) -> None:
         out = self._out
         self._out = []
