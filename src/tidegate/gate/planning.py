@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidegate.catalog.cache_level import Caller
-from tidegate.counters import Charge
+from tidegate.counters import Charge, Counters, KeptCounters
 from tidegate.decision import MAX_COST, Check, Decision, Observation, clip
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.access import uncounted
@@ -61,8 +61,9 @@ def counters_of(check: Check, caller: Caller, rule: CompiledRule | None, ip: str
         if found is None:
             raise ip_needed(check, f"the rule {clip(rule.rule.name)} counts by ip")
         counted = found
-    charged = ((rule.limits, counted),) if tier_limits is None else ((rule.limits, counted), (tier_limits, subject))
+    charged: Counters = ((rule.limits, counted),) if tier_limits is None else ((rule.limits, counted), (tier_limits, subject))
     if caller.subject and rule.subject is not Subject.IP:
+        charged = KeptCounters(charged)
         caller.last_counters = rule, charged
     return charged
 

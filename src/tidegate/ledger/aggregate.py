@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
 from tidegate.counters.holds import HoldAccount
-from tidegate.decision import Observation, UsageMemo
+from tidegate.decision import Observation, PassedCheck, UsageMemo
 from tidegate.latency import LatencyHistogram
 from tidegate.ledger.caller_table import CallerTable, Entry
 from tidegate.policy.limits import LimitSet
@@ -220,6 +220,22 @@ class UsageCounts:
                 entry.over += decision.overage
         else:
             entry.blocked += cost
+
+    def observe_passed(self, passed: Sequence[PassedCheck]) -> None:
+        """As `observe`, for several checks that passed."""
+        for decision, latency_ns, cost, subject, memo in passed:
+            if (
+                self._from_us <= decision.at_us < self._to_us
+                and memo.usage_minute is self._minute
+                and memo.usage_answer is decision.limits
+                and memo.usage_subject is subject
+                and not decision.overage
+            ):
+                memo.usage_admitted += cost
+            else:
+                self.observe(
+                    Observation(decision, None, latency_ns, (), subject, None, cost, memo.key_id, memo.customer, (), memo)
+                )
 
     def count_settled(self, account: HoldAccount, rule: str, units: int, over: int) -> None:
         """Count what a hold was charged, in the minute of its settlement. One that expires was charged nothing.

@@ -31,7 +31,7 @@ from tidegate.doors.http import DataPlane, Response
 from tidegate.doors.key_sources import KeySources
 from tidegate.doors.probes import ProbePages
 from tidegate.doors.tls import ServerTls
-from tidegate.gate.gate import Gate, Observer
+from tidegate.gate.gate import Gate, Observer, PassedObserver
 from tidegate.listen_address import join_address, parse_address
 from tidegate.notifications.notifier import Notifier
 from tidegate.policy.paths import STRICT, PathRules
@@ -39,7 +39,7 @@ from tidegate.server.addresses import admin_address, free_address, grpc_address,
 from tidegate.server.certificates import Certificates
 from tidegate.server.handover import listening_sockets, shared_address
 from tidegate.server.listener import Listener
-from tidegate.server.observers import CheckRecorders, observe_all
+from tidegate.server.observers import CheckRecorders, observe_all, observe_all_passed
 from tidegate.server.pages import probe_pages
 from tidegate.server.policy_file import PolicyFile
 from tidegate.server.system import state_of, system_report
@@ -203,8 +203,8 @@ class Instance:
         access = AccessLog(settings.server.access_log_sample) if settings.server.access_log_sample else None
         recorders = CheckRecorders(settings, self.metrics, self.catalog.database)
         counted = self._counted()  # before the observer: it starts tracing, which observes checks too
-        observer = self._observer(recorders, access)
-        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * settings.catalog.timeout_s)
+        observer, passed = self._observers(recorders, access)
+        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * settings.catalog.timeout_s, observe_passed=passed)
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._stack.push_async_callback(gate.tokens.close)
@@ -294,8 +294,12 @@ class Instance:
         server = self.settings.server
         return server.reuse_port and listening_sockets(*parse_address(self.address, "server.http")) > server.workers
 
-    def _observer(self, recorders: CheckRecorders, access: AccessLog | None) -> Observer:
-        """Called for every check: metrics; violations, usage, the access log and traces if enabled."""
+    def _observers(self, recorders: CheckRecorders, access: AccessLog | None) -> tuple[Observer, PassedObserver | None]:
+        """Called for every check: metrics; violations, usage, the access log and traces if enabled.
+
+        Returns:
+            What is called for one check, and for those of a turn that passed; None where each is observed by itself.
+        """
         observers: list[Observer] = [self.metrics.observe, *recorders.observers]
         for name, work in recorders.tasks.items():
             self._spawn(name, work)
@@ -307,7 +311,9 @@ class Instance:
             observers.append(access.observe)
         if self._tracing is not None:
             observers.append(self._tracing.observe)
-        return observe_all(observers)
+        # The access log and traces read the request that a check is of.
+        alone = access is not None or self._tracing is not None
+        return observe_all(observers), None if alone else observe_all_passed([self.metrics.observe_passed, *recorders.passed])
 
     async def _notify(self) -> None:
         def needed(notifier: Notifier) -> None:
