@@ -90,18 +90,19 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
             The decision. The limit with the least left is reported; where some deny, the one of those, with the latest retry: all
             limits must pass.
         """
-        if self.watch is not None and cost and self.watch.watches(counters):
-            return self._charge_watched(self.watch, counters, cost)
-        if len(counters) != 2:
-            if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
-                return self.charge_one(counters[0][0], counters[0][1], cost)
-            return self._charge_several(counters, cost)
-        # Two counters, as those of a rule and its tier: half of the cost of `_charge_several` where each has one limit.
         pair = self._pairs.get(id(counters))
-        if pair is None or pair[0] is not counters:
-            pair = self._resolve(counters)
-            if pair is None:
+        if pair is None or self.watch is not None:
+            if self.watch is not None and cost and self.watch.watches(counters):
+                return self._charge_watched(self.watch, counters, cost)
+            if len(counters) != 2:
+                if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
+                    return self.charge_one(counters[0][0], counters[0][1], cost)
                 return self._charge_several(counters, cost)
+            # Two counters, as those of a rule and its tier: half of the cost of `_charge_several` where each has one limit.
+            if pair is None:
+                pair = self._resolve(counters)
+                if pair is None:
+                    return self._charge_several(counters, cost)
         _, decide, limit, shard, key, decide_other, other_limit, other_shard, other_key = pair
         state, other_state = shard.get(key), other_shard.get(other_key)
         if not state or not other_state or self._open:

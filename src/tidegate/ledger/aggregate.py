@@ -223,10 +223,11 @@ class UsageCounts:
 
     def observe_passed(self, passed: Sequence[PassedCheck]) -> None:
         """As `observe`, for several checks that passed."""
+        from_us, to_us, minute = self._from_us, self._to_us, self._minute
         for decision, latency_ns, cost, subject, memo in passed:
             if (
-                self._from_us <= decision.at_us < self._to_us
-                and memo.usage_minute is self._minute
+                memo.usage_minute is minute
+                and from_us <= decision.at_us < to_us
                 and memo.usage_answer is decision.limits
                 and memo.usage_subject is subject
                 and not decision.overage
@@ -236,6 +237,7 @@ class UsageCounts:
                 self.observe(
                     Observation(decision, None, latency_ns, (), subject, None, cost, memo.key_id, memo.customer, (), memo)
                 )
+                from_us, to_us, minute = self._from_us, self._to_us, self._minute
 
     def count_settled(self, account: HoldAccount, rule: str, units: int, over: int) -> None:
         """Count what a hold was charged, in the minute of its settlement. One that expires was charged nothing.

@@ -109,12 +109,16 @@ class Metrics:
         """As `observe`, for several checks that passed."""
         counts_by_limits, latency_counts = self._by_limits, self.latency.counts
         total_ns = fast = 0
+        last: LimitSet | None = None
+        counts: list[int] = []
         for decision, ns, cost, subject, _ in passed:
             limits, binding, remaining = decision.limits, decision.binding, decision.remaining
             if limits is None or binding is None or remaining is None:
                 self.observe(Observation(decision, None, ns, (), subject, None, cost))
                 continue
-            (counts_by_limits.get(limits) or self._limits_counts(limits))[0] += 1
+            if limits is not last:
+                last, counts = limits, counts_by_limits.get(limits) or self._limits_counts(limits)
+            counts[0] += 1
             if remaining * NEAR_LIMIT_DIVISOR <= (binding.burst or binding.amount):
                 self._count_near(limits, decision, cost)
             total_ns += ns
