@@ -1,8 +1,9 @@
 """CPU per HTTP check beside a bare asyncio protocol with fixed bytes, the last release on Granian, and FastAPI + slowapi; on
 Redis with leases, which are the default, and without; and latency at 70 % of the peak.
 
-    python -m bench.http [--smoke] [--bare]
+    python -m bench.http [--smoke] [--bare] [--before DIRECTORY]
 
+`--before` measures another version too, in the same run: DIRECTORY is its checkout (`git worktree add`).
 The release is measured where `python -m bench.granian_release` has installed it.
 
 Each server runs as a process of its own on loopback, wrk asks it from the other core, and the CPU time is what the kernel
@@ -237,6 +238,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
     parser.add_argument("--bare", action="store_true", help="only the checks beside the bare protocol; writes no results")
+    parser.add_argument("--before", metavar="DIRECTORY", help="a checkout of another version, measured beside this one")
     return parser.parse_args()
 
 
@@ -260,6 +262,13 @@ def main() -> None:
             "varied": (own, "/v1/authorize", str(varied)),
             "POST /v1/check": (own, "/v1/check", str(post)),
         }
+        before: list[tuple[str, str, str]] = []
+        if arguments.before:
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+            earlier = stack.enter_context(ours(place, VARIED_POLICY, PYTHONPATH=str(Path(arguments.before, "src").absolute())))
+            for name, least_name in (("GET /v1/authorize", "bare"), ("varied", "bare, varied"), ("POST /v1/check", "bare")):
+                cases[f"{name}, before"] = (earlier, *cases[name][1:])
+                before.append((name, f"{name}, before", least_name))
         redis = stack.enter_context(redis_server())
         for name, leases in ((LEASED, "true"), (UNLEASED, "false")):
             place = stack.enter_context(tempfile.TemporaryDirectory())
@@ -289,6 +298,11 @@ def main() -> None:
             figures += [
                 ("GET /v1/authorize in the last release on Granian, µs CPU", median["release"], None),
                 ("GET /v1/authorize, CPU to that release", ratio(cpu_us, "GET /v1/authorize", "release"), Goal(at_most=0.3)),
+            ]
+        for name, earlier_name, least_name in before:
+            figures += [
+                (f"{earlier_name}, CPU to the bare protocol", ratio(cpu_us, earlier_name, least_name), None),
+                (f"{name}, CPU to that before", ratio(cpu_us, name, earlier_name), None),
             ]
         if arguments.bare:
             for label, value, goal in figures:
