@@ -27,6 +27,7 @@ BENCHES = (
     "access",
     "simulate",
     "http",
+    "http_work",
     "callers_auth",
     "client",
     "gateways",

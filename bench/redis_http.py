@@ -4,6 +4,8 @@
 
 As `bench.http`, with one Redis for all on loopback. `limits` counts two sliding windows and asks for the stats that its headers
 need; fastapi-limiter counts two fixed windows and sends no headers: each as its documentation says.
+
+Tidegate leases units of a busy caller, as is the default; the row without leases asks Redis for each check, as the peers do.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ def main() -> None:
         redis = stack.enter_context(redis_server())
         own = stack.enter_context(ours(directory, TIDEGATE_COUNTERS__URL=redis.url))
         memory = stack.enter_context(ours(other))
+        third = stack.enter_context(tempfile.TemporaryDirectory())
+        unleased = stack.enter_context(ours(third, TIDEGATE_COUNTERS__URL=redis.url, TIDEGATE_LEASES__ENABLED="false"))
         limits = stack.enter_context(peer("limits_redis_app", REDIS_URL=redis.url))
         limiter = stack.enter_context(peer("fastapi_limiter_app", REDIS_URL=redis.url))
         cpu_us, rates = interleaved(
             {
                 "ours": (own, "/v1/authorize", None),
                 "memory": (memory, "/v1/authorize", None),
+                "unleased": (unleased, "/v1/authorize", None),
                 "limits": (limits, "/v1/authorize", None),
                 "fastapi-limiter": (limiter, "/v1/authorize", None),
             },
@@ -45,6 +50,8 @@ def main() -> None:
         [
             ("GET /v1/authorize, µs CPU", statistics.median(cpu_us["ours"]), Goal(at_most=60)),
             ("GET /v1/authorize, CPU to the same in memory", ratio(cpu_us, "ours", "memory"), Goal(at_most=1.7)),
+            ("GET /v1/authorize without leases, µs CPU", statistics.median(cpu_us["unleased"]), None),
+            ("GET /v1/authorize without leases, CPU to the same in memory", ratio(cpu_us, "unleased", "memory"), None),
             ("FastAPI + limits async, µs CPU", statistics.median(cpu_us["limits"]), None),
             ("FastAPI + fastapi-limiter, µs CPU", statistics.median(cpu_us["fastapi-limiter"]), None),
             ("checks per CPU second, ratio to FastAPI + limits", ratio(cpu_us, "limits", "ours"), Goal(at_least=20)),

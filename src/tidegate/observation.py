@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -93,3 +93,8 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     shadow_denials: tuple[ShadowDenial, ...] = ()
     memo: UsageMemo | None = None
     held: bool = False
+
+
+PassedCheck: TypeAlias = tuple[Decision, int, int, str, UsageMemo]
+"""What telemetry reads of a check that its limits let pass, without shadow rules: the decision, the time spent in the gate in ns,
+the cost, whom the rule counted, and the memo of the caller. Made at a tenth of the cost of an `Observation`."""

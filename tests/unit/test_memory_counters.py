@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests import oracles
 from tests.conftest import Clock
-from tidegate.counters import Charge
+from tidegate.counters import Charge, KeptCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.memory_storage import LOG_ENTRIES_A_SUBJECT
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -326,9 +326,43 @@ def test_two_counters_are_decided_as_any_number_is(
     """The way of a rule and its tier is written out; both ways decide and leave the same."""
     clock = Clock(START)
     limits, tier_limits = limit_set("rule", algorithm, "3/minute"), limit_set("tier", other, "5/minute")
-    one, two = MemoryCounters(clock=clock), MemoryCounters(clock=clock)
+    one, kept, two = MemoryCounters(clock=clock), MemoryCounters(clock=clock), MemoryCounters(clock=clock)
+    known: dict[str, KeptCounters] = {}
     for elapsed_us, cost, tier_subject in steps:
         clock.now_us += elapsed_us
         counters = ((limits, "k:a"), (tier_limits, tier_subject))
-        assert one.charge_all(counters, cost) == two._charge_several(counters, cost)
-        assert _states(one) == _states(two)
+        owned = known.setdefault(tier_subject, KeptCounters(counters))
+        decision = two._charge_several(counters, cost)
+        assert one.charge_all(counters, cost) == decision
+        assert kept.charge_all(owned, cost) == decision
+        assert _states(one) == _states(two) == _states(kept)
+    assert not one._pairs
+
+
+async def test_kept_counters_are_found_after_all_that_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resets, expiry, eviction, an emptied store and an emptied table of limits change no place that is remembered."""
+    monkeypatch.setattr("tidegate.counters.memory.MAX_PAIRS", 2)
+    clock = Clock(START)
+    limits, tier_limits = (
+        limit_set("rule", Algorithm.SLIDING_WINDOW, "3/minute"),
+        limit_set("tier", Algorithm.FIXED_WINDOW, "9/day"),
+    )
+    store = MemoryCounters(clock=clock)
+    kept = [KeptCounters(((limits, f"k:{number}"), (tier_limits, f"k:{number}"))) for number in range(3)]
+    for each in kept * 3:
+        assert store.charge_all(each, 1).allowed
+    assert len(store._pairs) <= 2
+    assert not store.charge_all(kept[0], 1).allowed
+    await store.reset(kept[0])
+    assert store.charge_all(kept[0], 1).remaining == 2
+    clock.advance(200)
+    assert store.charge_all(kept[1], 1).remaining == 2
+    store._compiled.clear()
+    assert store.charge_all(kept[1], 1).remaining == 1
+    store.clear()
+    assert store.charge_all(kept[1], 3).remaining == 0
+    assert not store.charge_all(tuple(kept[1]), 1).allowed
+    store.max_subjects = 2
+    for number in range(10):
+        store.charge_all(((limits, f"k:new{number}"),), 1)
+    assert store.charge_all(kept[1], 1).allowed

@@ -115,6 +115,12 @@ Counters: TypeAlias = tuple[tuple[LimitSet, str], ...]
 """Pairs of limits and the subject they count."""
 
 
+class KeptCounters(tuple[tuple[LimitSet, str], ...]):
+    """Counters that their owner keeps to charge them again: a store may remember where they are."""
+
+    __slots__ = ()
+
+
 class CounterStore(Protocol):
     """The port of the counters.
 

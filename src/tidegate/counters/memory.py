@@ -5,17 +5,26 @@ Not thread-safe: use it from one event loop, or with a lock around it. Layout, e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
 
 from tidegate.algorithms import MERGE, State
-from tidegate.counters import Charge
+from tidegate.counters import Charge, KeptCounters
 from tidegate.counters.crossings import CrossingWatch
 from tidegate.counters.memory_holds import MemoryHolds
 from tidegate.counters.memory_reservations import MemoryReservations
 from tidegate.counters.memory_storage import SWEEP_STEPS
 from tidegate.decision import Decision
-from tidegate.policy.limits import LimitSet
+from tidegate.policy.limits import Limit, LimitSet
+
+MAX_PAIRS: Final = 16_384
+"""Pairs of counters of which it is remembered where they are, about 500 bytes each."""
+
+_Decide: TypeAlias = Callable[[Limit, Any, int, int], tuple[Any, int, int, int | None]]
+ResolvedPair: TypeAlias = tuple[
+    tuple[tuple[LimitSet, str], ...], _Decide, Limit, dict[str, Any], str, _Decide, Limit, dict[str, Any], str
+]
+"""The counters, and of each how its limit decides, the limit, and the dictionary and the key of its state."""
 
 
 class MemoryCounters(MemoryReservations, MemoryHolds):
@@ -81,27 +90,27 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
             The decision. The limit with the least left is reported; where some deny, the one of those, with the latest retry: all
             limits must pass.
         """
-        if self.watch is not None and cost and self.watch.watches(counters):
-            return self._charge_watched(self.watch, counters, cost)
-        if len(counters) != 2:
-            if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
-                return self.charge_one(counters[0][0], counters[0][1], cost)
-            return self._charge_several(counters, cost)
-        # Two counters, as those of a rule and its tier: two thirds of the cost of `_charge_several` where each has one limit.
-        (limits, subject), (other_limits, other_subject) = counters
-        try:
-            compiled, other = self._compiled[limits], self._compiled[other_limits]
-            key, other_key = compiled.token + subject, other.token + other_subject
-            shard, other_shard = self._shards[hash(key) & 255], self._shards[hash(other_key) & 255]
-            state, other_state = shard[key], other_shard[other_key]
-        except KeyError:
-            return self._charge_several(counters, cost)
-        if not compiled.simple or not other.simple or not state or not other_state or self._open:
+        pair = self._pairs.get(id(counters))
+        if pair is None or self.watch is not None:
+            if self.watch is not None and cost and self.watch.watches(counters):
+                return self._charge_watched(self.watch, counters, cost)
+            if len(counters) != 2:
+                if len(counters) == 1 and counters[0][0].plain and len(counters[0][0].limits) == 1:
+                    return self.charge_one(counters[0][0], counters[0][1], cost)
+                return self._charge_several(counters, cost)
+            # Two counters, as those of a rule and its tier: half of the cost of `_charge_several` where each has one limit.
+            if pair is None:
+                pair = self._resolve(counters)
+                if pair is None:
+                    return self._charge_several(counters, cost)
+        _, decide, limit, shard, key, decide_other, other_limit, other_shard, other_key = pair
+        state, other_state = shard.get(key), other_shard.get(other_key)
+        if not state or not other_state or self._open:
             return self._charge_several(counters, cost)
         now = self._clock()
-        limit, other_limit = compiled.limit, other.limit
-        state, least, reset_after, retry_after = compiled.decide(limit, state, now, cost)
-        other_state, remaining, reset, retry = other.decide(other_limit, other_state, now, cost)
+        limits = counters[0][0]
+        state, least, reset_after, retry_after = decide(limit, state, now, cost)
+        other_state, remaining, reset, retry = decide_other(other_limit, other_state, now, cost)
         allowed = False
         if state is not None:
             if other_state is not None:
@@ -123,6 +132,34 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
         if least < 0:
             return Decision(True, limit, 0, reset_after, 0, now, limits, overage=min(-least, cost or -least))
         return Decision(allowed, limit, least, reset_after, retry_after, now, limits)
+
+    def _resolve(self, counters: tuple[tuple[LimitSet, str], ...]) -> ResolvedPair | None:
+        """Where two counters of one limit each are; None for others.
+
+        Of `KeptCounters` it is remembered. It stays right as long as the store lives: neither the token of a limit set nor a
+        dictionary of keys is ever replaced.
+        """
+        (limits, subject), (other_limits, other_subject) = counters
+        compiled, other = self._prepare(limits), self._prepare(other_limits)
+        if not compiled.simple or not other.simple:
+            return None
+        key, other_key = compiled.token + subject, other.token + other_subject
+        pair = (
+            counters,
+            compiled.decide,
+            compiled.limit,
+            self._shards[hash(key) & 255],
+            key,
+            other.decide,
+            other.limit,
+            self._shards[hash(other_key) & 255],
+            other_key,
+        )
+        if type(counters) is KeptCounters:
+            if len(self._pairs) >= MAX_PAIRS:
+                self._pairs.clear()
+            self._pairs[id(counters)] = pair  # it refers to them, so no other object has this id
+        return pair
 
     def _charge_watched(self, watch: CrossingWatch, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         """As `charge_all`, and report the thresholds that are crossed."""

@@ -104,6 +104,7 @@ class MemoryStorage:
         self._shards: list[dict[str, Any]] = [{} for _ in range(_SHARDS)]
         self._compiled: dict[LimitSet, CompiledLimits] = {}
         self._newest: dict[str, CompiledLimits] = {}
+        self._pairs: dict[int, Any] = {}
         self._tokens: dict[tuple[str, str], str] = {}
         self._by_name: dict[str, list[str]] = {}
         self._due: dict[int, list[str]] = {}

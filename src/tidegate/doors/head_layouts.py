@@ -50,19 +50,22 @@ class HeadLayout:
         pattern: matches heads of this layout.
         places: numbers of the groups with the values that are read.
         target: of the request line.
+
+    Attributes:
+        match: matches all of a head of this layout, in whose groups `places` are what `read` gives.
     """
 
-    __slots__ = ("_match", "_places", "target")
+    __slots__ = ("match", "places", "target")
 
     def __init__(self, pattern: re.Pattern[bytes], places: Sequence[int], target: bytes) -> None:
         self.target = target
-        self._match = pattern.fullmatch
-        self._places = places
+        self.match = pattern.fullmatch
+        self.places = tuple(places)
 
     def read(self, data: bytes) -> Facts | None:
         """The values that the app reads, empty where there are none; None for everything else than one head of this layout."""
-        found = self._match(data)
-        return None if found is None else found.group(*self._places)
+        found = self.match(data)
+        return None if found is None else found.group(*self.places)
 
 
 class HeadLayouts:

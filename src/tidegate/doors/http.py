@@ -57,7 +57,7 @@ from tidegate.doors.token_attributes import token_attributes, with_body_token
 from tidegate.errors import BadRequest, TidegateError
 from tidegate.gate.gate import Gate, Observer
 from tidegate.observation import Observation
-from tidegate.policy.attributes import NO_ATTRIBUTES
+from tidegate.policy.attributes import NO_ATTRIBUTES, CallerPolicy
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.telemetry.access import AccessLog
 from tidegate.telemetry.requests import CURRENT, Request, current, note
@@ -117,6 +117,10 @@ class DataPlane:
         self._callers = callers
         self._keys = keys or KeySources()
         self.layouts = authorize_layouts()
+        self._check_now = gate.check_now
+        self._reads_facts = access is None and callers is None and self._keys.is_default
+        # The policy, within a turn in which it reads no more than `facts_check` of plain requests.
+        self._turn_policy: CallerPolicy | None = None
 
     async def __rsgi__(self, scope: Scope, proto: Any) -> None:
         """Answer one request."""
@@ -181,29 +185,22 @@ class DataPlane:
         Returns:
             None where it was answered; else what answers its exchange when awaited.
         """
-        is_authorize = request.target == _AUTHORIZE_TARGET
+        policy = self._turn_policy
         check: Check | None = None
-        gate = self._gate
+        is_authorize = True
         try:
-            callers = self._callers
-            if self._access is None and (callers is None or callers.is_known(request.values, request.connection.peer_names)):
-                if is_authorize:
-                    policy = gate.catalog.active_policy
-                    if policy is not None and self._keys.is_default and request.method in ("GET", "HEAD"):
-                        if request.policy is policy:
-                            check = request.check
-                        else:
-                            facts = request.facts
-                            if facts is not None and policy.jwt is None and not policy.attributes:
-                                check = facts_check(request, facts, self._trusted, policy)
-                            if check is None:
-                                check = plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
-                elif request.target == _CHECK_TARGET and request.method == "POST":
-                    check = request.check or plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
+            if policy is not None:
+                if request.policy is policy:
+                    check = request.check
+                elif (facts := request.facts) is not None:
+                    check = facts_check(request, facts, self._trusted, policy)
             if check is None:
-                exchange = request.open()
-                return self.__rsgi__(exchange, exchange)
-            decision = gate.check_now(check)
+                is_authorize = request.target == _AUTHORIZE_TARGET
+                check = self._plain_check(request, is_authorize)
+                if check is None:
+                    exchange = request.open()
+                    return self.__rsgi__(exchange, exchange)
+            decision = self._check_now(check)
             if not isinstance(decision, Decision):
                 return self._answer_later(request, check, decision)
             connection = request.connection
@@ -215,6 +212,35 @@ class DataPlane:
             return self._answer_later(request, check, _fail(error))
         self.answered += 1
         return None
+
+    def _plain_check(self, request: PlainRequest, is_authorize: bool) -> Check | None:
+        """The check of a plain request, read from its headers and body; None where it has to be read otherwise."""
+        gate, callers = self._gate, self._callers
+        if self._access is not None or not (callers is None or callers.is_known(request.values, request.connection.peer_names)):
+            return None
+        if is_authorize:
+            policy = gate.catalog.active_policy
+            if policy is None or not self._keys.is_default or request.method not in ("GET", "HEAD"):
+                return None
+            if request.policy is policy:
+                return request.check
+            return plain_authorize(request, self._trusted, MAX_HEADER_BYTES, policy, gate.tokens)
+        if request.target == _CHECK_TARGET and request.method == "POST":
+            return request.check or plain_check(request, MAX_HEADER_BYTES, MAX_CHECK_BYTES, gate)
+        return None
+
+    def begin_turn(self) -> None:
+        """Plain requests that arrived together are answered next: what they have in common is looked at once."""
+        gate = self._gate
+        policy = gate.catalog.active_policy
+        if policy is not None and self._reads_facts and policy.jwt is None and not policy.attributes:
+            self._turn_policy = policy
+        gate.begin_turn()
+
+    def end_turn(self) -> None:
+        """They were answered, or what answers them has begun."""
+        self._turn_policy = None
+        self._gate.end_turn()
 
     async def _answer_later(self, request: PlainRequest, check: Check | None, decision: Awaitable[Decision]) -> None:
         self.in_flight += 1

@@ -160,7 +160,11 @@ class Connection(RequestParser, asyncio.Protocol):
         """See `enqueue`."""
         if self._current is None and not self._pauses and not self.restricted:
             self._current = request
-            self.server.decide(request)
+            server = self.server
+            if server.undecided:  # `decide`, written out
+                server.undecided.append(request)
+            else:
+                server.decide(request)
         else:
             self.enqueue(request)
 
@@ -173,6 +177,8 @@ class Connection(RequestParser, asyncio.Protocol):
         else:
             again = PlainRequest(self, request.method, request.target, request.sent, request.body, request.head_bytes)
             again.data, again.facts = request.data, request.facts
+            if request.exchange is not None:
+                self._last = again  # one that was opened is never used again
             self.enqueue(again)
 
     def _start(self, request: Exchange | PlainRequest) -> None:

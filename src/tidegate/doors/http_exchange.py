@@ -106,12 +106,12 @@ class PlainRequest(msgspec.Struct, eq=False, gc=False):
         sent: its headers, names in lower case; None where `data` has them.
         body: None where it has none.
         head_bytes: at least as many as its head has.
+        data: all its bytes, where a `HeadLayout` has read them.
+        facts: what it has read.
         exchange: the same request, once it was made.
         repeats: whether the same bytes came on the connection before; then this is the same record too.
         check: of the request, where it repeats and its check depends on its bytes, its connection and `policy` alone.
         policy: what `check` was made by; None where it does not depend on one.
-        data: all its bytes, where a `HeadLayout` has read them.
-        facts: what it has read.
     """
 
     connection: Connection
@@ -120,12 +120,12 @@ class PlainRequest(msgspec.Struct, eq=False, gc=False):
     sent: dict[bytes, bytes] | None
     body: bytes | None
     head_bytes: int
+    data: bytes = b""
+    facts: Facts | None = None
     exchange: Exchange | None = None
     repeats: bool = False
     check: Check | None = None
     policy: CallerPolicy | None = None
-    data: bytes = b""
-    facts: Facts | None = None
 
     @property
     def values(self) -> dict[bytes, bytes]:

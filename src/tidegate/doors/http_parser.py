@@ -127,9 +127,10 @@ class RequestParser:
             return True
         size = len(data)
         layout = self._layout
-        if layout is not None and size <= MAX_LAYOUT_BYTES and (facts := layout.read(data)) is not None:
+        # `HeadLayout.read`, written out.
+        if layout is not None and size <= MAX_LAYOUT_BYTES and (found := layout.match(data)) is not None:
             # llhttp would read the same request, and its state between two messages stays as it is.
-            request = PlainRequest(self, "GET", layout.target, None, None, size, None, False, None, None, data, facts)  # type: ignore[arg-type]
+            request = PlainRequest(self, "GET", layout.target, None, None, size, data, found.group(*layout.places))  # type: ignore[arg-type]
             if size <= MAX_REPEATED_BYTES:
                 self._last, self._last_bytes = request, data
             else:

@@ -55,7 +55,8 @@ class HttpServer:
     Args:
         app: has `__rsgi__(scope, proto)`; an `Exchange` is both. It may have `answer_now(request)`, called for plain
             requests: it answers before it returns None, or returns what answers when awaited. That runs as a `Continuation`, or
-            as any other answer if the request was opened. It may have `layouts`, by which heads of plain requests are read.
+            as any other answer if the request was opened. It may have `layouts`, by which heads of plain requests are read, and
+            `begin_turn()` and `end_turn()`, called around those of one turn of the loop.
         header_timeout_s: how long a request's head may take, from its first byte or the connection's start, s.
         idle_timeout_s: how long a connection may wait for its next request, s.
         write_timeout_s: how long a client may leave its answers untaken, s.
@@ -69,6 +70,7 @@ class HttpServer:
         date_line: the Date header of an answer made now.
         layouts: of the app; None where it has none.
         heads: the status line and the Date header of one, by status.
+        undecided: requests that the app will be asked about in this turn of the loop, see `decide`.
         refused_names: connections of clients whose certificate has none of the names that it needs.
     """
 
@@ -90,6 +92,8 @@ class HttpServer:
         self._app = app
         self.layouts: HeadLayouts | None = getattr(app, "layouts", None)
         self._answer_now: Callable[[PlainRequest], Coroutine[Any, Any, None] | None] | None = getattr(app, "answer_now", None)
+        self._begin_turn: Callable[[], None] | None = getattr(app, "begin_turn", None)
+        self._end_turn: Callable[[], None] | None = getattr(app, "end_turn", None)
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s
         self._max_connections = max_connections
@@ -100,7 +104,7 @@ class HttpServer:
         self._reading: OrderedDict[Connection, float] = OrderedDict()
         self._idle: OrderedDict[Connection, float] = OrderedDict()
         self._lingering: OrderedDict[Connection, float] = OrderedDict()
-        self._undecided: list[Exchange | PlainRequest] = []
+        self.undecided: list[Exchange | PlainRequest] = []
         self._unwritten: list[Connection] = []
         self._server: asyncio.Server | None = None
         self._listening: socket.socket | None = None
@@ -204,12 +208,22 @@ class HttpServer:
         Args:
             request: whose turn it is on its connection.
         """
-        if not self._undecided:
+        if not self.undecided:
             self._loop.call_soon(self._decide)
-        self._undecided.append(request)
+        self.undecided.append(request)
 
     def _decide(self) -> None:
-        undecided, self._undecided = self._undecided, []
+        if self._begin_turn is None or self._end_turn is None:
+            self._decide_all()
+            return
+        self._begin_turn()
+        try:
+            self._decide_all()
+        finally:
+            self._end_turn()
+
+    def _decide_all(self) -> None:
+        undecided, self.undecided = self.undecided, []
         answer_now = self._answer_now
         clock_ns = time.perf_counter_ns
         end_ns = clock_ns() + time_slice.SLICE_NS
@@ -218,9 +232,9 @@ class HttpServer:
             if number >= next_look:
                 if clock_ns() >= end_ns:
                     # Probes, timers and what was decided already are written in between.
-                    if not self._undecided:
+                    if not self.undecided:
                         self._loop.call_soon(self._decide)
-                    self._undecided = undecided[number:] + self._undecided
+                    self.undecided = undecided[number:] + self.undecided
                     return
                 next_look = number + _LOOK_EVERY
             if request.connection.lost:

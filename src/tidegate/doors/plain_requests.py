@@ -16,7 +16,7 @@ import msgspec
 
 from tidegate.decision import MAX_COST, USUAL_METHODS, Check, require_tier
 from tidegate.doors.client_address import FORWARDING, TrustedProxies, counted_peer
-from tidegate.doors.head_layouts import Facts, HeadLayouts
+from tidegate.doors.head_layouts import MAX_LAYOUT_BYTES, Facts, HeadLayouts
 from tidegate.errors import BadRequest
 from tidegate.ip_addresses import PeerName, canonical_ip
 from tidegate.policy.attributes import (
@@ -39,15 +39,16 @@ if TYPE_CHECKING:
 _METHODS: Final = {method.encode(): method for method in USUAL_METHODS}
 _PLAIN_URI: Final = re.compile(rb"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*(?:\?[!-~]*)?").fullmatch
 _PLAIN_PATH: Final = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,=:@/]*", re.ASCII).fullmatch
+_MAX_ADDRESS: Final = 45
+"""The longest text of an IPv6 address, with an IPv4 address at its end."""
 _FACTS: Final = {
     b"x-api-key": rb"([!-~]++)",
     b"x-original-uri": rb"(/[A-Za-z0-9\-._~!$&'()*+,=:@/]*+)(?:\?[!-~]*+)?",
-    b"x-original-method": rb"([A-Z]++)",
-    b"x-real-ip": rb"([0-9A-Fa-f:.]++)",
+    b"x-original-method": rb"(%b)" % b"|".join(sorted(_METHODS)),
+    b"x-real-ip": rb"([0-9A-Fa-f:.]{1,%d}+)" % _MAX_ADDRESS,
 }
+assert MAX_LAYOUT_BYTES <= MAX_PATH_BYTES, "a path that a layout has read is not too long"
 _LISTS: Final = FORWARDING - {b"x-real-ip"}
-_MAX_ADDRESS: Final = 45
-"""The longest text of an IPv6 address, with an IPv4 address at its end."""
 _CHECK: Final = msgspec.json.Decoder(CheckRequest)
 
 
@@ -163,16 +164,13 @@ def facts_check(request: PlainRequest, facts: Facts, trusted: TrustedProxies, po
     """
     key, sent_path, sent_method, real_ip = facts
     path = sent_path.decode()
-    if "//" in path or "/." in path or len(path) > MAX_PATH_BYTES:
-        return None
-    method = _METHODS.get(sent_method) if sent_method else "GET"
-    if method is None:
+    if "//" in path or "/." in path:
         return None
     peer = request.connection.peer
-    ip = _address(real_ip) if real_ip and trusted.trusts(peer) else counted_peer(peer)
+    ip = _known_address(real_ip) if real_ip and trusted.trusts(peer) else counted_peer(peer)
     if ip is None:
         return None
-    check = Check(path, method, key.decode() if key else None, ip)
+    check = Check(path, _METHODS[sent_method] if sent_method else "GET", key.decode() if key else None, ip)
     if request.repeats:
         request.check, request.policy = check, policy
     return check

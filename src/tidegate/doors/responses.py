@@ -204,13 +204,25 @@ def authorize_answer(head: bytes, decision: Decision) -> bytes:
     Returns:
         The whole answer.
     """
-    limits = decision.limits
+    limits, binding = decision.limits, decision.binding
     if limits is None:
         return head + _last_lines(decision.caller, decision.unlimited_tier, None)
     last = _last_lines(decision.caller, limits.tier, limits.rule)
     if decision.overage:
         return b"%b%bx-tidegate-overage: %d\r\n%b" % (head, limit_lines(decision), decision.overage, last)
-    return head + limit_lines(decision) + last
+    known = _TEMPLATES.get(limits)
+    if known is None or known[0] is not binding:
+        return head + limit_lines(decision) + last
+    # `limit_lines`, written out: the template leaves room for what comes before and behind.
+    remaining, reset_us = decision.remaining, decision.reset_after_us
+    return known[2] % (
+        head,
+        remaining,
+        -(-reset_us // US_PER_S),
+        remaining,
+        -(-(decision.at_us + reset_us) // US_PER_S),
+        last,
+    )
 
 
 def caller_headers(decision: Decision) -> Headers:
@@ -250,12 +262,12 @@ def check_lines(decision: Decision) -> bytes:
 
 
 # For each set the template of the limit that was binding last: as a rule it is the same one.
-_TEMPLATES: Final[dict[LimitSet, tuple[Limit, bytes]]] = {}
+_TEMPLATES: Final[dict[LimitSet, tuple[Limit, bytes, bytes]]] = {}
 _MAX_TEMPLATES: Final = 4096
 
 
-def _template(limits: LimitSet, binding: Limit) -> tuple[Limit, bytes]:
-    """The lines of `limit_headers` for one binding limit, with places for the numbers."""
+def _template(limits: LimitSet, binding: Limit) -> tuple[Limit, bytes, bytes]:
+    """The lines of `limit_headers` for one binding limit, with places for the numbers; alone, and between two other places."""
     texts = (limits.quotas, binding.label or binding.text)
     if any("\n" in text or "\r" in text for text in texts):
         raise ValueError("a limit has a line break in its text")
@@ -271,7 +283,7 @@ def _template(limits: LimitSet, binding: Limit) -> tuple[Limit, bytes]:
     )
     if len(_TEMPLATES) >= _MAX_TEMPLATES:
         _TEMPLATES.clear()
-    made = _TEMPLATES[limits] = (binding, template)
+    made = _TEMPLATES[limits] = (binding, template, b"%b" + template + b"%b")
     return made
 
 

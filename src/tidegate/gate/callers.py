@@ -201,7 +201,9 @@ class CallerLookup:
         if api_key is None:
             return self._catalog.cached_anonymous()
         digest = self._digests.get(api_key)
-        if digest is None:
+        if digest is not None:
+            caller = self._cached_caller(digest)
+        else:
             if not api_key.isascii():
                 return None
             digest = self._digest(api_key)
@@ -211,8 +213,6 @@ class CallerLookup:
                 if len(self._digests) >= MAX_DIGESTS:
                     self._digests.clear()
                 self._digests[api_key] = digest
-        else:
-            caller = self._cached_caller(digest)
         if caller is None or not caller.form_checked:
             return None
         if not caller.never_ends:

@@ -32,7 +32,7 @@ from tidegate.gate.subjects import DescriptorCheck, shadow_subject
 from tidegate.gate.usage import caller_usage, reset_counters
 from tidegate.ip_addresses import client_of, ipv6_client
 from tidegate.jwt.tokens import Tokens
-from tidegate.observation import Observation
+from tidegate.observation import Observation, PassedCheck
 from tidegate.policy.attributes import NO_ATTRIBUTES, checked_attributes
 from tidegate.policy.limits import LimitSet
 from tidegate.policy.toml_reader import load_policy
@@ -40,6 +40,7 @@ from tidegate.time_slice import TimeSlice
 
 _clock_ns: Final = time.perf_counter_ns
 Observer: TypeAlias = Callable[[Observation], None]
+PassedObserver: TypeAlias = Callable[[Sequence[PassedCheck]], None]
 
 
 class Gate:
@@ -51,6 +52,8 @@ class Gate:
         observe: callback run for every check, synchronously; must not raise.
         wall_clock_ns: returns ns since the epoch; only the expiry of API keys is compared with it.
         lookup_timeout_s: how long the callers of several checks of one request may take to be looked up together, s.
+        observe_passed: callback run at the end of each turn for the checks of it that passed, in place of `observe`; see
+            `begin_turn`.
 
     Attributes:
         access: denies checks, and exempts them from limits, before anything is counted.
@@ -67,10 +70,13 @@ class Gate:
         observe: Observer | None = None,
         wall_clock_ns: Callable[[], int] = time.time_ns,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
+        observe_passed: PassedObserver | None = None,
     ) -> None:
         self.catalog = catalog
         self.counters = counters
         self._observe = observe
+        self._observe_passed = observe_passed
+        self._passed: list[PassedCheck] | None = None
         self.tokens = Tokens()
         self.access = AccessControl(catalog, lookup_timeout_s)
         self._lists = self.access.lists
@@ -106,6 +112,17 @@ class Gate:
         answer = self.check_now(check)
         return answer if isinstance(answer, Decision) else await answer
 
+    def begin_turn(self) -> None:
+        """Have the checks that pass until `end_turn` observed together, which costs a third. Nothing is awaited in between."""
+        if self._observe_passed is not None:
+            self._passed = []
+
+    def end_turn(self) -> None:
+        """Have them observed now."""
+        passed, self._passed = self._passed, None
+        if passed and self._observe_passed is not None:
+            self._observe_passed(passed)
+
     def check_now(
         self, check: Check, shadow_outcomes: list[ChargeOutcome] | None = None
     ) -> Decision | Coroutine[Any, Any, Decision]:
@@ -123,15 +140,16 @@ class Gate:
         charge = self._charge_now
         started_ns = _clock_ns()
         try:
-            active = self._lists.active
-            if active and self._lists.policy is None:
-                return self._check_later(check, shadow_outcomes)
-            exempt = active and self.access.admit(check.ip, check.attributes)
-            caller = self._cached_caller_of(check) if check.api_key is None else self._find_cached(check.api_key)
+            lists, exempt, api_key = self._lists, False, check.api_key
+            if lists.active:
+                if lists.policy is None:
+                    return self._check_later(check, shadow_outcomes)
+                exempt = self.access.admit(check.ip, check.attributes)
+            caller = self._cached_caller_of(check) if api_key is None else self._find_cached(api_key)
             if caller is None:
                 return self._check_later(check, shadow_outcomes)
             tier = caller.tier
-            if active and (exempt or self._lists.names_callers):
+            if lists.active and (exempt or lists.names_callers):
                 exempt = self.access.admit_caller(caller, exempt)
             if exempt:
                 counters: Counters = ()
@@ -155,27 +173,29 @@ class Gate:
         except TidegateError as error:
             self._tell_error(error, _clock_ns() - started_ns)
             raise
+        cost, identity = check.cost, caller.identity
         if not counters:
             decision = Decision(True, unlimited_tier=tier.tier.name)
-        elif charge is None or (charged_now := charge(counters, check.cost)) is None:
-            return self._charge_later(counters, check.cost, caller, started_ns)
+        elif charge is None or (charged_now := charge(counters, cost)) is None:
+            return self._charge_later(counters, cost, caller, started_ns)
         else:
             decision = charged_now
-        if caller.identity is not None:
+        if identity is not None:
             # Each decision is made for one check, so nothing else refers to it.
-            force_setattr(decision, "caller", caller.identity)
+            force_setattr(decision, "caller", identity)
+        if self._passed is not None and decision.allowed and counters and not decision.degraded:
+            self._passed.append((decision, _clock_ns() - started_ns, cost, counters[0][1], caller))
+            return decision
         observe = self._observe
         if observe is not None:
             latency_ns = _clock_ns() - started_ns
             if counters and decision.allowed:
                 subject = counters[0][1]
                 observe(
-                    Observation(
-                        decision, None, latency_ns, (), subject, None, check.cost, caller.key_id, caller.customer, (), caller
-                    )
+                    Observation(decision, None, latency_ns, (), subject, None, cost, caller.key_id, caller.customer, (), caller)
                 )
             else:
-                observe(observation_of(decision, counters, latency_ns, (), check.cost, caller.key_id))
+                observe(observation_of(decision, counters, latency_ns, (), cost, caller.key_id))
         return decision
 
     async def _charge_later(self, counters: Counters, cost: int, caller: Caller, started_ns: int) -> Decision:

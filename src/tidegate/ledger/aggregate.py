@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from tidegate.counters.holds import HoldAccount
 from tidegate.latency import LatencyHistogram
 from tidegate.ledger.caller_table import CallerTable, Entry
-from tidegate.observation import Observation, UsageMemo
+from tidegate.observation import Observation, PassedCheck, UsageMemo
 from tidegate.policy.limits import LimitSet
 from tidegate.timestamps import now_us
 
@@ -220,6 +220,24 @@ class UsageCounts:
                 entry.over += decision.overage
         else:
             entry.blocked += cost
+
+    def observe_passed(self, passed: Sequence[PassedCheck]) -> None:
+        """As `observe`, for several checks that passed."""
+        from_us, to_us, minute = self._from_us, self._to_us, self._minute
+        for decision, latency_ns, cost, subject, memo in passed:
+            if (
+                memo.usage_minute is minute
+                and from_us <= decision.at_us < to_us
+                and memo.usage_answer is decision.limits
+                and memo.usage_subject is subject
+                and not decision.overage
+            ):
+                memo.usage_admitted += cost
+            else:
+                self.observe(
+                    Observation(decision, None, latency_ns, (), subject, None, cost, memo.key_id, memo.customer, (), memo)
+                )
+                from_us, to_us, minute = self._from_us, self._to_us, self._minute
 
     def count_settled(self, account: HoldAccount, rule: str, units: int, over: int) -> None:
         """Count what a hold was charged, in the minute of its settlement. One that expires was charged nothing.

@@ -34,13 +34,13 @@ from tidegate.doors.client_address import TrustedProxies
 from tidegate.doors.http import DataPlane
 from tidegate.doors.key_sources import KeySources
 from tidegate.doors.probes import ProbePages
-from tidegate.gate.gate import Gate, Observer
+from tidegate.gate.gate import Gate, Observer, PassedObserver
 from tidegate.listen_address import join_address, listener_url
 from tidegate.notifications.notifier import Notifier
 from tidegate.policy.paths import STRICT, PathRules
 from tidegate.server.addresses import Address, Addresses
 from tidegate.server.listeners import Listeners
-from tidegate.server.observers import CheckRecorders, observe_all
+from tidegate.server.observers import CheckRecorders, observe_all, observe_all_passed
 from tidegate.server.pages import Pages, probe_pages
 from tidegate.server.policy_file import PolicyFile
 from tidegate.server.resources import Resources
@@ -214,8 +214,8 @@ class Instance:
         """The gate, with what observes its checks."""
         recorders = CheckRecorders(self.settings, self.metrics, self.catalog.database)
         counted = self._counted()  # before the observer: it starts tracing, which observes checks too
-        observer = self._observer(recorders, access)
-        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * self.settings.catalog.timeout_s)
+        observer, passed = self._observers(recorders, access)
+        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * self.settings.catalog.timeout_s, observe_passed=passed)
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._resources.on_close(gate.tokens.close)
@@ -288,8 +288,12 @@ class Instance:
         """Open connections of the data plane."""
         return 0 if self.listeners.http is None else self.listeners.http.server.connections
 
-    def _observer(self, recorders: CheckRecorders, access: AccessLog | None) -> Observer:
-        """Called for every check: metrics; violations, usage, the access log and traces if enabled."""
+    def _observers(self, recorders: CheckRecorders, access: AccessLog | None) -> tuple[Observer, PassedObserver | None]:
+        """Called for every check: metrics; violations, usage, the access log and traces if enabled.
+
+        Returns:
+            What is called for one check, and for those of a turn that passed; None where each is observed by itself.
+        """
         observers: list[Observer] = [self.metrics.observe, *recorders.observers]
         for name, work in recorders.tasks.items():
             self._resources.spawn(name, work)
@@ -301,7 +305,9 @@ class Instance:
             observers.append(access.observe)
         if self._tracing is not None:
             observers.append(self._tracing.observe)
-        return observe_all(observers)
+        # The access log and traces read the request that a check is of.
+        alone = access is not None or self._tracing is not None
+        return observe_all(observers), None if alone else observe_all_passed([self.metrics.observe_passed, *recorders.passed])
 
     async def _notify(self) -> None:
         def needed(notifier: Notifier) -> None:

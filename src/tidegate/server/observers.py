@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from tidegate.catalog.sql.database import Database
-from tidegate.gate.gate import Observer
+from tidegate.gate.gate import Observer, PassedObserver
 from tidegate.ledger.aggregate import UsageCounts
 from tidegate.ledger.maintenance import Retention
 from tidegate.ledger.writer import UsageWriter
-from tidegate.observation import Observation
+from tidegate.observation import Observation, PassedCheck
 from tidegate.settings import Settings
 from tidegate.telemetry.collectors import collect_usage, collect_violations
 from tidegate.telemetry.metrics import Metrics
@@ -27,12 +27,15 @@ class CheckRecorders:
 
     Attributes:
         observers: called for every check.
+        passed: called for the checks of a turn that passed, in place of the observers; those that count blocked checks alone need
+            no call.
         tasks: by name; each runs until cancelled.
         usage: writes the ledger; None if it is disabled.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, database: Database) -> None:
         self.observers: list[Observer] = []
+        self.passed: list[PassedObserver] = []
         self.tasks: dict[str, Callable[[], Awaitable[None]]] = {}
         self.usage: UsageWriter | None = None
         self._flushes: list[Callable[[], Awaitable[None]]] = []
@@ -53,6 +56,7 @@ class CheckRecorders:
             self.usage = UsageWriter(counts, database, ledger.flush_s, retention)
             collect_usage(metrics, self.usage)
             self.observers.append(counts.observe)
+            self.passed.append(counts.observe_passed)
             self.tasks["ledger_writer"] = self.usage.run
             self._flushes.append(self.usage.flush)
 
@@ -69,30 +73,23 @@ def observe_all(observers: Sequence[Observer]) -> Observer:
         observers: one or more.
 
     Returns:
-        The only one itself; two and three are called without a loop, which would cost every check.
+        The only one itself.
     """
     if len(observers) == 1:
         return observers[0]
-    if len(observers) == 2:
-        count, note = observers
-
-        def observe_two(observation: Observation) -> None:
-            count(observation)
-            note(observation)
-
-        return observe_two
-    if len(observers) == 3:
-        one, two, three = observers
-
-        def observe_three(observation: Observation) -> None:
-            one(observation)
-            two(observation)
-            three(observation)
-
-        return observe_three
 
     def observe(observation: Observation) -> None:
         for each in observers:
             each(observation)
+
+    return observe
+
+
+def observe_all_passed(observers: Sequence[PassedObserver]) -> PassedObserver:
+    """As `observe_all`, of the checks of a turn that passed."""
+
+    def observe(passed: Sequence[PassedCheck]) -> None:
+        for each in observers:
+            each(passed)
 
     return observe

@@ -17,8 +17,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from tidegate.decision import Decision
 from tidegate.latency import BUCKETS_NS, BUCKETS_S, LatencyHistogram
-from tidegate.observation import Observation
+from tidegate.observation import Observation, PassedCheck
 from tidegate.policy.limits import LimitSet
 
 MAX_RULE_LABELS: Final = 1000
@@ -27,6 +28,7 @@ NEAR_LIMIT_DIVISOR: Final = 5
 """A check is near its limit if at most limit / 5 remains."""
 OTHER: Final = "(other)"
 _MAX_LIMIT_SETS: Final = 4096
+_FASTEST_NS: Final = BUCKETS_NS[0]
 _SAMPLES_PER_SLICE: Final = 100
 """Lines of a scrape rendered (in about 0.3 ms) before the event loop can run checks."""
 
@@ -90,7 +92,7 @@ class Metrics:
                 and remaining * NEAR_LIMIT_DIVISOR <= (binding.burst or binding.amount)
                 and limits is not None
             ):
-                self._count_near(limits, observation)
+                self._count_near(limits, decision, observation.cost)
         else:
             counts[1] += 1
         if decision.degraded:
@@ -104,13 +106,36 @@ class Metrics:
                 name = rule if rule in self.shadow_blocked or len(self.shadow_blocked) < MAX_RULE_LABELS else OTHER
                 self.shadow_blocked[name] = self.shadow_blocked.get(name, 0) + 1
 
-    def _count_near(self, limits: LimitSet, observation: Observation) -> None:
+    def observe_passed(self, passed: Sequence[PassedCheck]) -> None:
+        """As `observe`, for several checks that passed."""
+        counts_by_limits, latency_counts = self._by_limits, self.latency.counts
+        total_ns = fast = 0
+        last: LimitSet | None = None
+        counts: list[int] = []
+        for decision, ns, cost, subject, _ in passed:
+            limits, binding, remaining = decision.limits, decision.binding, decision.remaining
+            if limits is None or binding is None or remaining is None:
+                self.observe(Observation(decision, None, ns, (), subject, None, cost))
+                continue
+            if limits is not last:
+                last, counts = limits, counts_by_limits.get(limits) or self._limits_counts(limits)
+            counts[0] += 1
+            if remaining * NEAR_LIMIT_DIVISOR <= (binding.burst or binding.amount):
+                self._count_near(limits, decision, cost)
+            total_ns += ns
+            if ns <= _FASTEST_NS:
+                fast += 1
+            else:
+                latency_counts[bisect_left(BUCKETS_NS, ns)] += 1
+        latency_counts[0] += fast
+        self.latency.sum_ns += total_ns
+
+    def _count_near(self, limits: LimitSet, decision: Decision, cost: int) -> None:
         tier = limits.tier or ""
         near = tier if tier in self._near or len(self._near) < MAX_RULE_LABELS else OTHER
         self._near[near] = self._near.get(near, 0) + 1
         # What is above a quota or a soft limit is near it too. A peek is not counted: it admits nothing.
-        decision = observation.decision
-        if decision is not None and decision.overage and observation.cost:
+        if decision.overage and cost:
             self._add_overage(limits.tier, limits.rule, decision.overage)
 
     def _decided(self, blocked: int) -> int:

@@ -178,6 +178,13 @@ class GrpcListener:
             self._ended.set_exception(failure)
 
     def _dispatch(self, front: NativeGrpcFront, events: Sequence[tuple[Any, ...]]) -> None:
+        self._service.begin_turn()
+        try:
+            self._dispatch_all(front, events)
+        finally:
+            self._service.end_turn()
+
+    def _dispatch_all(self, front: NativeGrpcFront, events: Sequence[tuple[Any, ...]]) -> None:
         for event in events:
             kind, call_id, method, payload = event[:4]
             if kind == EVENT_CANCEL:

@@ -109,6 +109,14 @@ class RateLimitService:
         self._domains = domains
         self._requests.clear()
 
+    def begin_turn(self) -> None:
+        """Calls that arrived together are answered next; see `Gate.begin_turn`."""
+        self._gate.begin_turn()
+
+    def end_turn(self) -> None:
+        """They were answered, or what answers them has begun."""
+        self._gate.end_turn()
+
     async def answer(self, payload: bytes) -> bytes:
         """As `answer_now`, for a caller that can wait."""
         answer = self.answer_now(payload)
