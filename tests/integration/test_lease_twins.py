@@ -16,8 +16,9 @@ from tests.conftest import Clock
 from tests.integration.test_lua_twins import CLOCK_BY_ARGUMENT, HELD, asked, limit_set
 from tests.model.lease_store import LeaseStore
 from tests.servers.redis_server import RedisServer
-from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.scripts import parameters, script
+from tidegate.decision import Decision
 from tidegate.policy.limits import Algorithm, AnyAlgorithm, LimitSet, QuotaAlgorithm
 
 KEYS = itertools.count()
@@ -85,12 +86,23 @@ def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm
             numbers = msgspec.msgpack.encode((want, divisor, ttl_us))
             reply = asked(any_redis, lease, keys, *configs, cost, numbers, clock.now_us)
             assert in_python(reply, sets) == expected
-            granted = isinstance(decision, GrantingDecision)
-            assert reply[5:] == ([decision.granted, decision.ends_us] if granted else [0, 0])
+            assert reply[5:] == grant_of(decision, sets)
             if isinstance(decision, GrantingDecision):
                 held.append(LeaseReturn(counters, decision.granted, 0, clock.now_us, decision.ends_us))
 
     hold()
+
+
+def grant_of(decision: Decision, sets: Sequence[LimitSet]) -> list[Any]:
+    """What follows the answer to the check itself."""
+    if isinstance(decision, GrantingDecision):
+        return [decision.granted, decision.ends_us]
+    if not isinstance(decision, LastDecision):
+        return [0, 0]
+    denial = decision.following
+    assert denial is not None
+    places = [limit for limits in sets for limit in limits.limits]
+    return [0, [places.index(denial.binding) + 1, denial.remaining, denial.reset_after_us, denial.retry_after_us]]
 
 
 def leased_set(algorithm: AnyAlgorithm, size: int) -> LimitSet:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tidegate.algorithms import DECIDE
 from tidegate.algorithms.leases import give_back, grant
-from tidegate.counters import Charge, GrantingDecision, LeaseReturn
+from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseReturn
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
@@ -49,6 +49,10 @@ class LeaseStore:
             for limit, state in zip(limits.limits, states, strict=True):
                 self.states[limits.name, subject, limit.window_name] = state
         answer = (not denied, binding, remaining, reset, retry, now, charge.counters[0][0])
+        if not granted.units and lease is not None and not denied and remaining < charge.cost:
+            following = self.charge(Charge(charge.counters, charge.cost))
+            assert not following.allowed
+            return LastDecision(*answer, following=following)
         if not granted.units:
             return Decision(*answer)
         return GrantingDecision(*answer, granted=granted.units, ends_us=granted.ends_us)

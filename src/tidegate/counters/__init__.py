@@ -73,6 +73,16 @@ class GrantingDecision(Decision, frozen=True, gc=False):
         )
 
 
+class LastDecision(Decision, frozen=True, gc=False):
+    """The decision of a charge that asked for a lease, and after which a check of the same cost does not pass.
+
+    Args:
+        following: what such a check would get: its denial, which is valid as if the store had answered it.
+    """
+
+    following: Decision | None = None
+
+
 class LeaseReturn(msgspec.Struct, frozen=True, gc=False):
     """A lease that is given up.
 

@@ -139,7 +139,7 @@ class DegradedDecisions:
         return outcome
 
     def _may_admit(self, charge: Charge) -> bool:
-        leased = 0 if self.lease_usage is None or self.instances == 1 else self.lease_usage(charge.counters)
+        leased = None if self.lease_usage is None or self.instances == 1 else self.lease_usage(charge.counters)
         return self.late.may_admit(charge, self.instances, self._local.used(charge, self.instances), leased)
 
     def _answered_late(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:

@@ -24,7 +24,7 @@ from threading import get_ident
 from typing import Final, TypeVar
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LateAnswer, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LastDecision, LateAnswer, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, now_us
 from tidegate.counters.fallback import passes_without_end
 from tidegate.counters.guarded_holds import GuardedHolds
@@ -146,10 +146,13 @@ class GuardedCounters(DegradedDecisions):
             # Checks that the lease decides bring no further answers: the next one may be the first that comes late.
             self.late.observe(charge.counters, decision.after_grant(), started_us)
             return
+        if isinstance(decision, LastDecision) and decision.following is not None:
+            self._remember_denial(charge, decision.following, started_us)
         if (
             decision.binding is None
             or decision.remaining is None
-            or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
+            # Where units are leased, answers are too rare to drop one.
+            or (self.denial_ttl_us is None and decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount))
             or (decision.overage and passes_without_end(decision))
         ):
             return

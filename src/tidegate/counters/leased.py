@@ -38,6 +38,8 @@ SWEEP_S: Final = 0.05
 _SWEEP_STEPS: Final = 2_000
 _RETURN_BATCH: Final = 1_000
 _MAX_DIVISOR: Final = 16
+_SLOW_DIVISOR: Final = 4
+"""How many times less of what remains is leased for longer."""
 _DROP_AGAIN_S: Final = 0.4
 _CLOSE_S: Final = 2.0
 """How long shutdown waits until the store has taken the units back."""
@@ -61,7 +63,7 @@ class LeasedCounters:
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
         self.table = LeaseTable(round(ttl_s * 1e6), max_subjects)
-        self.table.divisor = _MAX_DIVISOR
+        self._divide(_MAX_DIVISOR)
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
@@ -278,13 +280,16 @@ class LeasedCounters:
             session = self.store.session(charge.counters)
             self.table.accept(charge.counters, charge.lease, decision, started_us * 1000, session)
 
+    def _divide(self, divisor: int) -> None:
+        self.table.divisor, self.table.slow_divisor = divisor, _SLOW_DIVISOR * divisor
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
             if self.store.instances_known:
                 instances = self.store.instances
-                self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+                self._divide(2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR))
             self.table.sweep(_SWEEP_STEPS)
             await self._send_returns()
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, reset_key_of
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script, wire_states
@@ -95,11 +95,15 @@ class CommandTemplate:
         """The script that a charge runs."""
         return self.script if charge.lease is None else self.lease_script
 
-    def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: int) -> Decision:
+    def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: Any) -> Decision:
         limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
         retry_after = None if retry < 0 else retry
         if least < 0:
             return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
+        if type(ends) is list:
+            denied_by, left, replenished, passes = ends
+            denial = Decision(False, self.limits_by_place[denied_by - 1], left, replenished, passes, now, self.limits)
+            return LastDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, following=denial)
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
