@@ -45,6 +45,7 @@ STEPS = st.lists(
     [
         *zip(LEASED, LEASED[1:] + LEASED[:1], strict=True),
         (LEASED[0], None),
+        (LEASED[1], None),
         (LEASED[2], None),
         (LEASED[1], QuotaAlgorithm.QUOTA),
         (QuotaAlgorithm.QUOTA, None),
@@ -53,7 +54,8 @@ STEPS = st.lists(
 def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm | None) -> None:
     algorithms = frozenset({first} if second is None else {first, second})
     charge, lease, give_back = (script(work, algorithms, CLOCK_BY_ARGUMENT) for work in ("charge", "lease", "give_back"))
-    sets = [leased_set(each, size) for each, size in ((first, 2), (second, 1)) if each]
+    alone = 1 if first is Algorithm.SLIDING_WINDOW and second is None else 2
+    sets = [leased_set(each, size) for each, size in ((first, alone), (second, 1)) if each]
     configs = [parameters(limits, START_US) for limits in sets]
 
     @HELD
@@ -75,7 +77,7 @@ def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm
                     numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
                     asked(any_redis, give_back, [*keys, *(f"{key}.reset" for key in keys)], *configs, numbers, clock.now_us)
                 continue
-            request = LeaseRequest(want, divisor, ttl_us) if what == "lease" else None
+            request = LeaseRequest(want, divisor, ttl_us, want % 9) if what == "lease" else None
             decision = store.charge(Charge(counters, cost, request))
             expected = (decision.allowed, decision.binding, decision.remaining, decision.retry_after_us)
             if request is None:
@@ -83,26 +85,38 @@ def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm
                 assert in_python(reply, sets) == expected
                 assert reply[2] == decision.reset_after_us
                 continue
-            numbers = msgspec.msgpack.encode((want, divisor, ttl_us))
+            numbers = msgspec.msgpack.encode((want, divisor, ttl_us, want % 9))
             reply = asked(any_redis, lease, keys, *configs, cost, numbers, clock.now_us)
             assert in_python(reply, sets) == expected
-            assert reply[5:] == grant_of(decision, sets)
+            assert in_limits(reply[5:], sets) == grant_of(decision)
             if isinstance(decision, GrantingDecision):
                 held.append(LeaseReturn(counters, decision.granted, 0, clock.now_us, decision.ends_us))
 
     hold()
 
 
-def grant_of(decision: Decision, sets: Sequence[LimitSet]) -> list[Any]:
-    """What follows the answer to the check itself."""
-    if isinstance(decision, GrantingDecision):
-        return [decision.granted, decision.ends_us]
-    if not isinstance(decision, LastDecision):
-        return [0, 0]
-    denial = decision.following
-    assert denial is not None
+def in_limits(found: list[Any], sets: Sequence[LimitSet]) -> list[Any]:
+    """What follows in a reply, with the limit that denies in place of its number: two sets may have the same."""
+    if not isinstance(found[1], list):
+        return found
     places = [limit for limits in sets for limit in limits.limits]
-    return [0, [places.index(denial.binding) + 1, denial.remaining, denial.reset_after_us, denial.retry_after_us]]
+    return [found[0], [places[found[1][0] - 1], *found[1][1:]]]
+
+
+def grant_of(decision: Decision) -> list[Any]:
+    """What should follow the answer to the check itself."""
+    leased = [0, 0, 0, 0, 0]
+    if isinstance(decision, GrantingDecision):
+        if decision.ahead is None:
+            return [decision.granted, decision.ends_us]
+        ahead = decision.ahead
+        start_us = ahead.end_us - ahead.window_us
+        leased = [decision.granted, decision.ends_us, ahead.current, ahead.previous, start_us // 1_000_000]
+    denial = decision.following if isinstance(decision, GrantingDecision | LastDecision) else decision
+    if denial is None or denial.allowed:
+        return [0, 0]
+    retry_us = -1 if denial.retry_after_us is None else denial.retry_after_us
+    return [0, [denial.binding, denial.remaining, denial.reset_after_us, retry_us, *leased]]
 
 
 def leased_set(algorithm: AnyAlgorithm, size: int) -> LimitSet:

@@ -138,16 +138,17 @@ class GuardedCounters(DegradedDecisions):
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
         if self._local.unanswered:
             self._local.answered(charge.counters)
+        following = decision.following if isinstance(decision, GrantingDecision | LastDecision) else None
         if not decision.allowed:
-            self._remember_denial(charge, decision, started_us)
+            self._remember_denial(charge, following or decision, started_us)
             self.late.observe(charge.counters, decision, started_us)
             return
+        if following is not None:
+            self._remember_denial(charge, following, started_us)
         if isinstance(decision, GrantingDecision):
             # Checks that the lease decides bring no further answers: the next one may be the first that comes late.
             self.late.observe(charge.counters, decision.after_grant(), started_us)
             return
-        if isinstance(decision, LastDecision) and decision.following is not None:
-            self._remember_denial(charge, decision.following, started_us)
         if (
             decision.binding is None
             or decision.remaining is None

@@ -33,12 +33,14 @@ class Wish(NamedTuple):
         life_us: of the lease.
         idle_us: after so long without use it is given back.
         slow: whether it lives longer than those of busy subjects.
+        ahead: units that are used while a lease of a busy subject lives, by the pauses between checks; 0 where few.
     """
 
     units: int
     life_us: int
     idle_us: int
     slow: bool
+    ahead: int
 
 
 class LeaseDemand:
@@ -105,14 +107,16 @@ class LeaseDemand:
             return None
         at_us, pause_us, units = known
         pause_us = max(now_us - at_us if pause_us < 0 else max(pause_us, (now_us - at_us) // 2), 1)
+        ahead = min(cost * self._ttl_us // pause_us, MAX_WANT)
         if _CHECKS * pause_us <= self._ttl_us or any(limits.algorithm.is_bucket for limits, _ in counters):
             first = cost * min(self._ttl_us // pause_us, _MAX_GROWTH)
-            return Wish(min(max(units, first, 2 * cost), MAX_WANT), self._ttl_us, self._ttl_us // 2, False)
+            return Wish(min(max(units, first, 2 * cost), MAX_WANT), self._ttl_us, self._ttl_us // 2, False, ahead)
         life_us = min(_CHECKS * pause_us, self._max_life_us)
         checks = life_us // pause_us
         if checks < _PAUSES:
             return None
-        return Wish(min(cost * checks, MAX_WANT), life_us, max(_IDLE_PAUSES * pause_us, self._ttl_us // 2), True)
+        idle_us = max(_IDLE_PAUSES * pause_us, self._ttl_us // 2)
+        return Wish(min(cost * checks, MAX_WANT), life_us, idle_us, True, ahead)
 
     @property
     def _longest_pause_us(self) -> int:

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from tidegate.algorithms.leases import Ahead
 from tidegate.counters import Charge, Counters, GrantingDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.lease_demand import LeaseDemand, Wish
 from tidegate.counters.lease_usage import LeaseUsage
@@ -40,6 +41,7 @@ class Lease:
     """Units of one subject. The fields are written by `LeaseTable` alone."""
 
     __slots__ = (
+        "ahead",
         "at_us",
         "base",
         "binding",
@@ -72,6 +74,8 @@ class Lease:
     """When its request was sent, monotonic."""
     expires_ns: int
     """When it ends here, monotonic."""
+    ahead: Ahead | None
+    """When its units come free; None where they are."""
     at_us: int
     """When it was granted, by the store's clock."""
     ends_us: int
@@ -162,6 +166,8 @@ class LeaseTable:
                 return None
             self._give_up(lease, now_ns)
             lease, left = following, following.left - cost
+        if lease.ahead is not None:
+            return self._take_ahead(lease, left, now_ns)
         lease.left = left
         self.decisions += 1
         if left < lease.low and not lease.renewing and lease.next is None:
@@ -170,6 +176,17 @@ class LeaseTable:
         at_us = lease.at_us + (now_ns - lease.received_ns) * 999 // 1_000_000
         reset_us = lease.reset_at_us - at_us - left * lease.unit_us
         return Decision(True, lease.binding, lease.base + left, reset_us if reset_us > 0 else 0, 0, at_us, lease.limits)
+
+    def _take_ahead(self, lease: Lease, left: int, now_ns: int) -> Decision | None:
+        """Decide from units that come free one after the other: None where this one is not yet."""
+        assert lease.ahead is not None
+        at_us = lease.at_us + (now_ns - lease.received_ns) * 999 // 1_000_000
+        free = lease.ahead.free(at_us) - (lease.granted - left)
+        if free < 0:
+            return None
+        lease.left = left
+        self.decisions += 1
+        return Decision(True, lease.binding, free, max(lease.reset_at_us - at_us, 0), 0, at_us, lease.limits)
 
     def request(self, counters: Counters, cost: int, now_ns: int) -> LeaseRequest | None:
         """What to lease with a check that the store decides.
@@ -270,7 +287,7 @@ class LeaseTable:
         now_ns = self._clock_ns()
         lease = self._lease_of(counters, decision, sent_ns, now_ns, session)
         lease.idle_ns = idle_ns
-        if request.ttl_us > self._ttl_us:
+        if request.ttl_us > self._ttl_us or lease.ahead is not None:
             lease.low = 0
         current = self.leases.get(counters)
         unwanted = sent_ns < self._cleared_ns or (current is not None and current.next is not None)
@@ -307,6 +324,7 @@ class LeaseTable:
                 self._drop(lease, now_ns)
             elif (
                 lease.next is None
+                and lease.ahead is None
                 and now_ns >= lease.expires_ns - _ENDS_SOON_NS
                 # Where a window ends it, the next one would end with it.
                 and lease.ends_us - lease.at_us == self._ttl_us
@@ -354,7 +372,7 @@ class LeaseTable:
         return sum(
             lease.left
             for lease in self._by_subject.get(subject, ())
-            if now_ns < lease.expires_ns and any(limits.name == each.name for each, own in lease.counters if own == subject)
+            if lease.ahead is None and now_ns < lease.expires_ns and any(limits.name == each.name for each, own in lease.counters if own == subject)
         )
 
     def settled(self, returned: LeaseReturn, taken: bool) -> None:
@@ -372,7 +390,7 @@ class LeaseTable:
     def _new_request(self, counters: Counters, wish: Wish, now_ns: int) -> LeaseRequest | None:
         if counters in self._pending or (counters not in self.leases and len(self.leases) >= self._max_subjects):
             return None
-        request = LeaseRequest(wish.units, self.slow_divisor if wish.slow else self.divisor, wish.life_us)
+        request = LeaseRequest(wish.units, self.slow_divisor if wish.slow else self.divisor, wish.life_us, wish.ahead)
         self._pending[counters] = (request, now_ns, wish.idle_us * 1000)
         return request
 
@@ -401,7 +419,7 @@ class LeaseTable:
         lease.at_us, lease.ends_us = decision.at_us, decision.ends_us
         lease.received_ns = now_ns
         lease.base = max((decision.remaining or 0) - decision.granted, 0)
-        lease.binding, lease.limits = decision.binding, decision.limits
+        lease.binding, lease.limits, lease.ahead = decision.binding, decision.limits, decision.ahead
         lease.reset_at_us = decision.at_us + decision.reset_after_us
         lease.unit_us, lease.next, lease.renewing, lease.counted = 0, None, False, 0
         limits, binding = decision.limits, decision.binding

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.algorithms import State
+from tidegate.algorithms.leases import Ahead
 from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, reset_key_of
 from tidegate.counters.redis.resp import encode_command
@@ -101,12 +102,53 @@ class CommandTemplate:
         if least < 0:
             return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
         if type(ends) is list:
-            denied_by, left, replenished, passes = ends
-            denial = Decision(False, self.limits_by_place[denied_by - 1], left, replenished, passes, now, self.limits)
-            return LastDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, following=denial)
+            return self._exhausted(Decision(binding > 0, limit, least, reset, retry_after, now, self.limits), *ends)
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
+
+
+    def _exhausted(
+        self,
+        decision: Decision,
+        denied_by: int,
+        left: int,
+        replenished: int,
+        passes: int,
+        granted: int,
+        ends: int,
+        current: int,
+        previous: int,
+        start_s: int,
+    ) -> Decision:
+        allowed, limit, remaining, reset, retry, now = (
+            decision.allowed,
+            decision.binding,
+            decision.remaining,
+            decision.reset_after_us,
+            decision.retry_after_us,
+            decision.at_us,
+        )
+        passes_after = None if passes < 0 else passes
+        denial = Decision(False, self.limits_by_place[denied_by - 1], left, replenished, passes_after, now, self.limits)
+        if not granted:
+            if not allowed:
+                return decision
+            return LastDecision(allowed, limit, remaining, reset, retry, now, self.limits, following=denial)
+        window = self.limits_by_place[0]
+        return GrantingDecision(
+            allowed,
+            limit,
+            remaining,
+            reset,
+            retry,
+            now,
+            self.limits,
+            granted=granted,
+            ends_us=ends,
+            ahead=Ahead(current, previous, start_s * US_PER_S + window.window_us, window.window_us, window.amount),
+            following=denial,
+        )
 
 
 def _without_left(reply: Any) -> Any:
@@ -150,12 +192,12 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
 
 
 @lru_cache(maxsize=1024)
-def _lease_numbers(want: int, divisor: int, ttl_us: int) -> bytes:
-    return _bulk(msgspec.msgpack.encode((want, divisor, ttl_us)))
+def _lease_numbers(want: int, divisor: int, ttl_us: int, ahead: int) -> bytes:
+    return _bulk(msgspec.msgpack.encode((want, divisor, ttl_us, ahead)))
 
 
 def _lease_part(lease: LeaseRequest) -> bytes:
-    return _lease_numbers(lease.want, lease.divisor, lease.ttl_us)
+    return _lease_numbers(lease.want, lease.divisor, lease.ttl_us, lease.ahead)
 
 
 def _script_head(work: Script, keys: int, arguments: int) -> bytes:
