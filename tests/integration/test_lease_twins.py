@@ -74,8 +74,10 @@ def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm
                     lease_held = held.pop(want % len(held))
                     returned = msgspec.structs.replace(lease_held, unused=min(cost, lease_held.granted))
                     store.give_back(returned)
-                    numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
-                    asked(any_redis, give_back, [*keys, *(f"{key}.reset" for key in keys)], *configs, numbers, clock.now_us)
+                    plan = (len(keys), returned.granted, returned.unused, returned.at_us, returned.ends_us)
+                    numbers = msgspec.msgpack.encode((*plan, *range(2, len(keys) + 2)))
+                    pairs = [name for key in keys for name in (key, f"{key}.reset")]
+                    asked(any_redis, give_back, pairs, numbers, *configs, clock.now_us)
                 continue
             request = LeaseRequest(want, divisor, ttl_us, want % 9) if what == "lease" else None
             decision = store.charge(Charge(counters, cost, request))
@@ -142,14 +144,14 @@ def test_a_lease_before_a_reset_is_not_given_back(any_redis: RedisServer, algori
     assert granted[5] == 50
     ttl_ms = any_redis.call("PTTL", key)
     assert 0 < ttl_ms <= 2 * 86_400_000
-    numbers = msgspec.msgpack.encode((50, 20, granted[4], granted[6]))
-    back = (give_back, [key, f"{key}.reset"], config, numbers)
-    assert asked(any_redis, *back) == 1
+    numbers = msgspec.msgpack.encode((1, 50, 20, granted[4], granted[6], 2))
+    back = (give_back, [key, f"{key}.reset"], numbers, config)
+    assert asked(any_redis, *back) == [1]
     assert 949 + 20 <= asked(any_redis, charge, [key], config, 0)[1] <= 949 + 21
     assert any_redis.call("PTTL", key) <= ttl_ms
     asked(any_redis, reset, [key, f"{key}.reset"], "60000")
     assert asked(any_redis, charge, [key], config, 100)[1] == 900
-    assert asked(any_redis, *back) == 0
+    assert asked(any_redis, *back) == [0]
     assert asked(any_redis, charge, [key], config, 0)[1] <= 901
 
 

@@ -181,8 +181,12 @@ async def test_one_answer_alone_is_used_for_a_moment_only() -> None:
     assert not made.late.may_admit(charge(), 3), "nobody knows how fast the others use it up"
     assert made.late.may_admit(charge(), 1)
     made.late.observe(charge().counters, msgspec.structs.replace(said(True, 19), at_us=AT_US + 200_000))
+    assert made.late.may_admit(charge(), 3)
     made.now_us += 10_000_000
-    assert made.late.may_admit(charge(), 3), "nothing is used between the two"
+    assert not made.late.may_admit(charge(), 3), "that nothing was used in 0.2 s says little of 10 s"
+    made.late.observe(charge().counters, msgspec.structs.replace(said(True, 19), at_us=AT_US + 10_200_000))
+    made.now_us += 10_000_000
+    assert made.late.may_admit(charge(), 3), "nothing was used in 10 s"
     made.late.observe(charge(subject="leased").counters, said(True, 30))
     made.now_us += 10_000_000
     assert made.late.may_admit(charge(subject="leased"), 3), "half of the limit remained"
@@ -194,3 +198,12 @@ async def test_what_leases_decided_since_the_answer_is_kept_back_for_each_other_
     assert made.late.may_admit(charge(), 3, leased=3)
     assert not made.late.may_admit(charge(), 3, leased=4), "30 - 2 * 2 * 4 leave four for each, and four were used"
     assert made.late.may_admit(charge(), 1, leased=0)
+
+
+async def test_an_old_answer_and_few_units_of_leases_say_little_of_what_the_others_used() -> None:
+    made = Made()
+    made.late.observe(charge().counters, said(True, 24))
+    made.now_us += 200_001
+    assert made.late.may_admit(charge(), 3), "nothing is leased: the next answers are not old"
+    assert made.late.may_admit(charge(), 3, leased=0), "24 - 2 * 2 * 3 leave four for each"
+    assert not made.late.may_admit(charge(), 3, leased=1), "2 * 2 * 6 may be used"

@@ -118,6 +118,7 @@ class LeaseTable:
         lost: unused units that it did not take back, or that were not given back.
         leases: the current ones, by counters.
         returns: leases given up, to be sent.
+        urgent: whether they are to be sent at once: what they count was changed, or they end soon.
         renewals: counters whose leases are to be renewed.
     """
 
@@ -129,6 +130,7 @@ class LeaseTable:
         self.lost = 0
         self.leases: OrderedDict[Counters, Lease] = OrderedDict()
         self.returns: list[LeaseReturn] = []
+        self.urgent = False
         self.renewals: list[Counters] = []
         self.on_renewal: Callable[[], None] | None = None
         self._ttl_us = ttl_us
@@ -347,6 +349,7 @@ class LeaseTable:
         Args:
             of: selects them by any of their counters; all where None.
         """
+        self.urgent = True
         now_ns = self._cleared_ns = self._clock_ns()
         for lease in list(self.leases.values()):
             if of is None or any(of(*counter) for counter in lease.counters):
@@ -461,7 +464,9 @@ class LeaseTable:
 
     def _queue_return(self, lease: Lease) -> None:
         unused, lease.left = lease.left, 0
-        if unused or any(limits.algorithm.is_bucket for limits, _ in lease.counters):
+        bucket = any(limits.algorithm.is_bucket for limits, _ in lease.counters)
+        self.urgent = self.urgent or bucket
+        if unused or bucket:
             self.returns.append(LeaseReturn(lease.counters, lease.granted, unused, lease.at_us, lease.ends_us, lease.session))
 
 

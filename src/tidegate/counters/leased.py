@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 SWEEP_S: Final = 0.05
 _SWEEP_STEPS: Final = 2_000
 _RETURN_BATCH: Final = 1_000
+_RETURN_SOON: Final = 50
+_RETURN_SWEEPS: Final = 5
+"""Fewer leases than `_RETURN_SOON` wait until so many sweeps are over, so that one call gives back many."""
 _MAX_DIVISOR: Final = 16
 _SLOW_DIVISOR: Final = 4
 """How many times less of what remains is leased for longer."""
@@ -55,7 +58,6 @@ class LeasedCounters:
 
     Attributes:
         table: the leases.
-        sent_returns: leases that the store was asked to take back.
     """
 
     immediate = False
@@ -74,7 +76,6 @@ class LeasedCounters:
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = False
-        self.sent_returns = 0
 
     def charge_now(self, counters: Counters, cost: int) -> Decision | None:
         """Decide from a lease, without waiting for anything.
@@ -284,6 +285,7 @@ class LeasedCounters:
         self.table.divisor, self.table.slow_divisor = divisor, _SLOW_DIVISOR * divisor
 
     async def _sweep(self) -> None:
+        sweeps = 0
         while True:
             await asyncio.sleep(SWEEP_S)
             # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
@@ -291,13 +293,15 @@ class LeasedCounters:
                 instances = self.store.instances
                 self._divide(2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR))
             self.table.sweep(_SWEEP_STEPS)
-            await self._send_returns()
+            sweeps += 1
+            if self.table.urgent or len(self.table.returns) >= _RETURN_SOON or sweeps % _RETURN_SWEEPS == 0:
+                await self._send_returns()
 
     async def _send_returns(self) -> None:
+        self.table.urgent = False
         while self.table.returns:
             returns, self.table.returns = self.table.returns[:_RETURN_BATCH], self.table.returns[_RETURN_BATCH:]
             # Not sent again where it fails: the store may have taken them.
-            self.sent_returns += len(returns)
             taken: Sequence[bool] = ()
             try:
                 taken = await self.store.give_back(returns)

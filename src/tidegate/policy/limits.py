@@ -247,6 +247,7 @@ class LimitSet:
         "shadow",
         "soft",
         "tier",
+        "__weakref__",
     )
 
     def __init__(

@@ -237,17 +237,22 @@ def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequenc
     return encode_command("EVALSHA", work.sha, "1", key_of(limits, subject), *arguments)
 
 
-def give_back_command(work: Script, returned: LeaseReturn) -> bytes:
-    """The command that gives up a lease; see `give_back.lua`.
+def give_back_command(work: Script, returns: Sequence[LeaseReturn]) -> bytes:
+    """The command that gives up leases; see `give_back.lua`.
 
     Args:
-        returned: the lease; all its counters are on one server.
+        returns: the leases; all their counters are on one server.
 
     Returns:
         One command.
     """
-    keys = [key_of(*counter) for counter in returned.counters] + [reset_key_of(*counter) for counter in returned.counters]
-    numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
-    return encode_command(
-        "EVALSHA", work.sha, str(len(keys)), *keys, *(parameters(limits) for limits, _ in returned.counters), numbers
-    )
+    keys: list[bytes] = []
+    which: dict[LimitSet, int] = {}
+    plan: list[int] = []
+    for each in returns:
+        plan += (len(each.counters), each.granted, each.unused, each.at_us, each.ends_us)
+        for limits, subject in each.counters:
+            keys += (key_of(limits, subject), reset_key_of(limits, subject))
+            plan.append(which.setdefault(limits, len(which) + 2))
+    arguments = (msgspec.msgpack.encode(plan), *(parameters(limits) for limits in which))
+    return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
