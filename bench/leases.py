@@ -7,8 +7,9 @@ connection of its own, over one Redis; 100,000 subjects with exponent 1.1, limit
 makes in two minutes, the rate is printed beside. The first minute is the cold start, in which every subject is new to every
 instance; the figures are of the second one, which has each moment of a window once, and the store calls also of both together.
 About half of the checks are of subjects that ask for more than their limit. With affinity each subject is sent to one instance.
-*Hot*: one subject, 10,000,000/minute, over 4 instances; memory beside it. *Far*: 50 subjects behind a proxy that delays each way by
-half of 5 ms. A store call is a charge, a request for a lease, or a call that gives leases back: one for up to 50 of them.
+*Hot*: one subject, 10,000,000/minute, over 4 instances; memory beside it. *Far*: 50 subjects behind a proxy that delays each
+way by half of 5 ms. A store call is a charge, a request for a lease, or a call that gives leases back: one for up to 50 of
+them.
 """
 
 from __future__ import annotations

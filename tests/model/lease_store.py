@@ -42,7 +42,9 @@ class LeaseStore:
         binding, _, remaining, reset, _ = min(denied or outcomes, key=lambda each: each[2])
         retry = None if any(each[4] is None for each in denied) else max((each[4] for each in denied), default=0)
         lease = charge.lease
-        granted = grant(counters, now, charge.cost, *((lease.want, lease.divisor, lease.ttl_us, lease.ahead) if lease else (0, 2, 0)))
+        granted = grant(
+            counters, now, charge.cost, *((lease.want, lease.divisor, lease.ttl_us, lease.ahead) if lease else (0, 2, 0))
+        )
         assert granted.allowed == (not denied)
         assert granted.remaining == remaining
         for (limits, subject), states in zip(charge.counters, granted.states, strict=True):

@@ -172,7 +172,9 @@ def test_calls_with_leases_by_hand() -> None:
 
 
 def test_shards_at_a_hundred_million_users_before_and_after_leases() -> None:
-    with_leases, same, without = (make_plan(100e6, measured(), assume(overrides=each)) for each in ([], ["affinity=1"], ["leases=0"]))
+    with_leases, same, without = (
+        make_plan(100e6, measured(), assume(overrides=each)) for each in ([], ["affinity=1"], ["leases=0"])
+    )
     before = with_leases.value("shards_by_cpu_without_leases")
     assert same.value("shards_by_cpu") < with_leases.value("shards_by_cpu") < before
     assert without.value("redis_calls") > with_leases.value("redis_calls") > same.value("redis_calls")

@@ -7,9 +7,9 @@ A grant is a second charge in the same step as that of a check. What makes it st
 - *Buckets*: while a lease lives, the level does not drain below the units that are leased. So the units used and those still to
   be used together never exceed the level.
 
-Of a sliding window whose limit is reached, units that are not free yet are leased ahead (`Ahead`): they are charged now, and each is
-used from the moment on at which it would have been free. Until then all others are denied, so what was admitted is at no time more
-than without.
+Of a sliding window whose limit is reached, units that are not free yet are leased ahead (`Ahead`): they are charged now, and
+each is used from the moment on at which it would have been free. Until then all others are denied, so what was admitted is at
+no time more than without.
 
 `sliding_log` is never leased: its promise holds for any span of time, and a unit would count from its grant, not from its use.
 

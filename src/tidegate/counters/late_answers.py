@@ -8,16 +8,16 @@ A slow shard goes on counting: what was sent to it is charged or denied, and its
   within a second and within the windows in which they were charged (algorithms with windows; for others they are lost).
 - *No reply can come any more*: what was admitted is owed.
 
-What is admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances
-do at the same time. Each reply says what remains; while that is less than half of the limit it is remembered, and always where units
-are leased: checks that leases decide bring no replies, so the last one may be old. At a deadline an instance admits, beyond what it
-knows to be charged, at most its share of what remained above a quarter of the limit: that quarter is a reserve for what other
-instances may have used since; where they may have used more, by the last two answers, twice as much as they use in the time since
-is the reserve; where this instance used leases since, twice what it used for each of the others. What was seen in one span of time
-says little of another where the numbers are small: three may come where none were seen. Where nothing is remembered, half of the
-limit was left at the last reply, if there was one: then it is a share of a quarter of the limit, and one check in any case. Where
-one answer alone is known, of less than half of the limit, nothing is admitted once it is 0.2 s old: it shows no rate. A single
-instance needs no reserve.
+What is admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances do
+at the same time. Each reply says what remains; while that is less than half of the limit it is remembered, and always where
+units are leased: checks that leases decide bring no replies, so the last one may be old. At a deadline an instance admits,
+beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that quarter is a reserve
+for what other instances may have used since; where they may have used more, by the last two answers, twice as much as they use
+in the time since is the reserve; where this instance used leases since, twice what it used for each of the others. What was
+seen in one span of time says little of another where the numbers are small: three may come where none were seen. Where nothing
+is remembered, half of the limit was left at the last reply, if there was one: then it is a share of a quarter of the limit, and
+one check in any case. Where one answer alone is known, of less than half of the limit, nothing is admitted once it is 0.2 s
+old: it shows no rate. A single instance needs no reserve.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ class LateAnswers:
         Args:
             instances: how many share the limits, 1 or more.
             uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
-            leased: units that it used from leases since then; None where nothing is leased. The answer is as old as they are: each
-                other instance may have used twice as many in that time, and it is not known whether a store that is lost now had
-                charged them.
+            leased: units that it used from leases since then; None where nothing is leased. The answer is as old as they are:
+                each other instance may have used twice as many in that time, and it is not known whether a store that is lost now
+                had charged them.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
         outstanding = self._outstanding.get(charge.counters, 0) + uncharged + (leased or 0)
@@ -264,7 +264,7 @@ class LateAnswers:
 
 
 def _at_most(seen: int) -> float:
-    """How many there may be in a time like one in which so many were seen: of small numbers chance makes much more, of 0 up to 3."""
+    """How many may come in a time like one in which so many were seen: chance makes much more of small numbers, 3 of none."""
     return seen + 2 * math.sqrt(seen) + 3
 
 

@@ -1,7 +1,7 @@
 """How much of a subject to lease, and for how long, by how often this instance checks it. No I/O; one event loop.
 
-- *Busy subjects*: a lease lives for `ttl_us`. What is wanted grows to what the last lease would have needed until its end where that
-  ran out early, at most eight times as much; it falls to what was used, or half, where units remained.
+- *Busy subjects*: a lease lives for `ttl_us`. What is wanted grows to what the last lease would have needed until its end where
+  that ran out early, at most eight times as much; it falls to what was used, or half, where units remained.
 - *Slow subjects*, checked less than `_CHECKS` times in that life: one lease for so many checks, which lives longer, a minute at
   most. Without that each of their checks would be a call. Not for buckets: those of an instance that dies would be held back for
   as long.
@@ -55,7 +55,8 @@ class LeaseDemand:
         self._ttl_us = ttl_us
         self._max_subjects = max_subjects
         self._max_life_us = max(ttl_us, min(_LONGER * ttl_us, _MAX_LIFE_US))
-        # By hash: subjects that share one are leased a little early. Since when, the pause between two checks (-1: unknown), units.
+        # By hash: subjects that share one are leased a little early.
+        # Since when, the pause between two checks (-1: unknown), units wanted.
         self._known: dict[int, tuple[int, int, int]] = {}
 
     def answered(self, counters: Counters, now_us: int) -> None:

@@ -6,9 +6,9 @@ ends here before it ends in the store.
 
 Which subjects are leased, how much and for how long follows their demand (`lease_demand`).
 
-A lease of a busy subject that is nearly used up is renewed before its last unit is gone: the next one waits behind it. So a subject
-has two at most. One that was used until its end is asked for by the next check. Units that are not used for a while are given up,
-and so are leases that end.
+A lease of a busy subject that is nearly used up is renewed before its last unit is gone: the next one waits behind it. So a
+subject has two at most. One that was used until its end is asked for by the next check. Units that are not used for a while are
+given up, and so are leases that end.
 
 Not thread-safe: one event loop.
 """
@@ -375,7 +375,9 @@ class LeaseTable:
         return sum(
             lease.left
             for lease in self._by_subject.get(subject, ())
-            if lease.ahead is None and now_ns < lease.expires_ns and any(limits.name == each.name for each, own in lease.counters if own == subject)
+            if lease.ahead is None
+            and now_ns < lease.expires_ns
+            and any(limits.name == each.name for each, own in lease.counters if own == subject)
         )
 
     def settled(self, returned: LeaseReturn, taken: bool) -> None:

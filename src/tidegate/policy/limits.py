@@ -235,6 +235,7 @@ class LimitSet:
     """
 
     __slots__ = (
+        "__weakref__",
         "algorithm",
         "failures",
         "leasable",
@@ -247,7 +248,6 @@ class LimitSet:
         "shadow",
         "soft",
         "tier",
-        "__weakref__",
     )
 
     def __init__(

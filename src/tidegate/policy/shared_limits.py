@@ -13,8 +13,8 @@ _IN_USE: Final[WeakValueDictionary[tuple[object, ...], LimitSet]] = WeakValueDic
 def share(limits: LimitSet) -> LimitSet:
     """The set with the same content that is in use already, or this one.
 
-    Stores remember denials, leases and last answers for each set, by its identity. What an instance knows of a subject bounds what
-    it admits while the store is slow: it must not be lost whenever a cached tier is loaded again.
+    Stores remember denials, leases and last answers for each set, by its identity. What an instance knows of a subject bounds
+    what it admits while the store is slow: it must not be lost whenever a cached tier is loaded again.
     """
     content = (
         *(limits.name, limits.algorithm, limits.limits, limits.on_failure, limits.rule, limits.tier, limits.quotas),

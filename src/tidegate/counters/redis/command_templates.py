@@ -107,7 +107,6 @@ class CommandTemplate:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
 
-
     def _exhausted(
         self,
         decision: Decision,

@@ -251,9 +251,7 @@ def _leased(sheet: _Sheet, peak: float, instances: int) -> float:
     )
 
 
-def _redis(
-    sheet: _Sheet, peak: float, instances: int, look_ups: CacheShares, counters: float | None
-) -> tuple[float, int]:
+def _redis(sheet: _Sheet, peak: float, instances: int, look_ups: CacheShares, counters: float | None) -> tuple[float, int]:
     """Calls/s to Redis at the peak, and the number of Redis servers."""
     use, measured = sheet.use, sheet.measured
     if counters is None:

@@ -1,9 +1,10 @@
 """Calls to Redis for a check, with leases.
 
-Requests of a user arrive independently of each other, at rates that fall with a power of the user's rank, as in `caches`. A check
-finds a lease where the last one of the same user at the same instance was not too long before, so that a lease was granted, and the
-lease has not ended. That is the renewal argument of `caches`, with the lives of leases in place of TTLs. Users below their limits are
-assumed: checks above a limit are denied from memory and cost about as little. The demand is that of `counters.lease_demand`.
+Requests of a user arrive independently of each other, at rates that fall with a power of the user's rank, as in `caches`. A
+check finds a lease where the last one of the same user at the same instance was not too long before, so that a lease was
+granted, and the lease has not ended. That is the renewal argument of `caches`, with the lives of leases in place of TTLs. Users
+below their limits are assumed: checks above a limit are denied from memory and cost about as little. The demand is that of
+`counters.lease_demand`.
 """
 
 from __future__ import annotations
