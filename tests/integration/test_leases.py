@@ -136,6 +136,37 @@ async def test_a_subject_seen_once_and_a_log_are_not_leased(stores: tuple[Leased
 
 
 @pytest.mark.parametrize("algorithm", LEASED)
+async def test_after_the_last_unit_a_denial_needs_no_call(redis_server: RedisServer, algorithm: Algorithm) -> None:
+    limits = limit_set("20/366d burst 20" if algorithm.is_bucket else "20/366d", algorithm)
+    store = leased(redis_server)
+    await ready(store, limits)
+    decision = await ask(store, limits)
+    while decision.remaining:
+        decision = await ask(store, limits)
+    assert decision.allowed
+    calls = store.store.store_calls
+    assert not (await ask(store, limits, 5)).allowed
+    assert store.store.store_calls == calls
+    await store.close()
+
+
+async def test_many_leases_come_back_in_one_call(redis_server: RedisServer) -> None:
+    limits = limit_set("1000/366d")
+    store = leased(redis_server)
+    await ready(store, limits)
+    for number in range(40):
+        await ask(store, limits, 3, subject=f"s{number}")
+    before = store.store.store.return_calls
+    assert len(store.table.leases) == 40
+    await store.give_back()
+    assert store.store.store.return_calls == before + 1
+    assert store.table.units == store.table.lost == 0
+    for number in range(40):
+        assert (await ask(store, limits, cost=0, subject=f"s{number}")).remaining == 997
+    await store.close()
+
+
+@pytest.mark.parametrize("algorithm", LEASED)
 async def test_units_come_back_when_an_instance_ends(
     stores: tuple[LeasedCounters, LeasedCounters], redis_server: RedisServer, algorithm: Algorithm
 ) -> None:
