@@ -53,7 +53,7 @@ class LeasedCounters:
 
     Args:
         store: grants the leases; `close` closes it too.
-        ttl_s: longest life of a lease, s.
+        ttl_s: life of the leases of busy subjects, s.
         max_subjects: most leases.
 
     Attributes:
