@@ -1,6 +1,8 @@
 """What leases save: calls to the store, CPU of Redis and of the library, and latency with a Redis that is far away.
 
-    python -m bench.leases [--smoke]
+    python -m bench.leases [--smoke] [--zipf]
+
+`--zipf` measures that workload alone, and prints each figure as soon as it is known.
 
 Each ratio is of one run, with and without leases or memory beside them. *Zipf*: 50 instances in one process, each with a
 connection of its own, over one Redis; 100,000 subjects with exponent 1.1, limits of 1,000/minute; as many checks as the machine
@@ -19,6 +21,7 @@ import contextlib
 import gc
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
@@ -126,18 +129,18 @@ def _calls(stores: Sequence[Any]) -> int:
     return sum(each.store_calls + each.store.return_calls for each in guarded)
 
 
-def _zipf_lines(server: BenchRedis, seconds: float) -> list[tuple[str, float, Goal | None]]:
+def _zipf_lines(server: BenchRedis, seconds: float, *, tell: bool) -> list[tuple[str, float, Goal | None]]:
     """The figures of the Zipf workload, for two algorithms."""
     lines: list[tuple[str, float, Goal | None]] = []
     for algorithm in (Algorithm.SLIDING_WINDOW, Algorithm.FIXED_WINDOW):
         for what, leases, affinity, most in (
-            ("without leases", False, True, None),
-            ("with leases", True, False, 0.5),
             ("with leases and affinity", True, True, 0.15),
+            ("with leases", True, False, 0.5),
+            ("without leases", False, True, None),
         ):
             whole, warm = _run(zipf(server, seconds, algorithm, leases=leases, affinity=affinity))
             name = f"Zipf, {algorithm}, {what}"
-            lines += [
+            found: list[tuple[str, float, Goal | None]] = [
                 (f"{name}: store calls per check", warm.calls / warm.checks, None if most is None else Goal(at_most=most)),
                 (f"{name}: the same with the cold start", whole.calls / whole.checks, None),
                 (f"{name}: first checks of a subject at an instance", warm.first / warm.checks, None),
@@ -145,6 +148,9 @@ def _zipf_lines(server: BenchRedis, seconds: float) -> list[tuple[str, float, Go
                 (f"{name}: CPU s of Redis per 10^6 checks", warm.redis_us / warm.checks, None),
                 (f"{name}: checks a second", warm.checks / warm.seconds, None),
             ]
+            lines += found
+            if tell:
+                print("\n".join(f"{label} {value:.3f}" for label, value, _ in found), flush=True)
     return lines
 
 
@@ -265,12 +271,18 @@ def _run(work: Awaitable[Any]) -> Any:
 
 
 def main() -> None:
+    zipf_alone = "--zipf" in sys.argv
+    if zipf_alone:
+        sys.argv.remove("--zipf")
     smoke = asked_for_smoke(__doc__)
     rounds, seconds, calls = (1, 1.0, 8_000) if smoke else (5, 20.0, 2_000_000)
     zipf_s = 1.0 if smoke else 120.0
     need_wrk()
     with redis_server() as server:
-        zipf_lines = _zipf_lines(server, zipf_s)
+        zipf_lines = _zipf_lines(server, zipf_s, tell=zipf_alone)
+        if zipf_alone:
+            report("leases_zipf", "Leases on Redis: Zipf", zipf_lines, smoke=smoke)
+            return
         own_us, memory_us, redis_us = _run(hot(server, calls))
         near, far, far_without = _run(latencies(server, seconds / 4))
         grown = {algorithm: memory_of_key(server, algorithm) for algorithm in (Algorithm.SLIDING_WINDOW, Algorithm.TOKEN_BUCKET)}

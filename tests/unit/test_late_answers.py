@@ -203,8 +203,11 @@ async def test_what_leases_decided_since_the_answer_is_kept_back_for_each_other_
 
 async def test_an_old_answer_and_few_units_of_leases_say_little_of_what_the_others_used() -> None:
     made = Made()
-    made.late.observe(charge().counters, said(True, 24))
+    made.late.observe(charge().counters, said(True, 39))
+    assert made.late.may_admit(charge(9), 3)
     made.now_us += 200_001
-    assert made.late.may_admit(charge(), 3), "nothing is leased: the next answers are not old"
-    assert made.late.may_admit(charge(), 3, leased=0), "24 - 2 * 2 * 3 leave four for each"
+    assert made.late.may_admit(charge(3), 3), "nothing is leased: (20 - 10) / 3"
+    assert not made.late.may_admit(charge(4), 3), "it shows no rate: half of the limit may be left"
+    assert made.late.may_admit(charge(2), 3, leased=0), "(20 - 2 * 2 * 3) / 3"
+    assert not made.late.may_admit(charge(3), 3, leased=0)
     assert not made.late.may_admit(charge(), 3, leased=1), "2 * 2 * 6 may be used"

@@ -17,7 +17,8 @@ in the time since is the reserve; where this instance used leases since, twice w
 seen in one span of time says little of another where the numbers are small: three may come where none were seen. Where nothing
 is remembered, half of the limit was left at the last reply, if there was one: then it is a share of a quarter of the limit, and
 one check in any case. Where one answer alone is known, of less than half of the limit, nothing is admitted once it is 0.2 s
-old: it shows no rate. A single instance needs no reserve.
+old: it shows no rate. An old answer that shows no rate is never taken to leave more than half of the limit. A single instance
+needs no reserve.
 """
 
 from __future__ import annotations
@@ -136,15 +137,17 @@ class LateAnswers:
         reserve = max(capacity // 4, 2 * (leased or 0) * (instances - 1)) if instances > 1 else 0
         known = self._scarce.get(charge.counters)
         if known is not None and known.until_us > (now_us := self._now_us()):
+            remaining = known.remaining
             if instances > 1:
                 age_us = now_us - known.sent_us
                 if known.rate < 0 and age_us > _ALONE_US:
                     if known.remaining * 2 < capacity:
                         return False
+                    remaining = capacity // 2
                     if leased is not None:
                         reserve = max(reserve, 2 * math.ceil(_at_most(leased)) * (instances - 1))
                 reserve = max(reserve, math.ceil(2 * known.rate * age_us / 1e6))
-            return outstanding + charge.cost <= max(known.remaining - reserve, 0) // instances
+            return outstanding + charge.cost <= max(remaining - reserve, 0) // instances
         if not outstanding:
             return charge.cost <= max(capacity // instances, 1)
         return outstanding + charge.cost <= (capacity // 2 - reserve) // instances
