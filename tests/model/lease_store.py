@@ -40,7 +40,8 @@ class LeaseStore:
         ]
         denied = [each for each in outcomes if each[1] is None]
         binding, _, remaining, reset, _ = min(denied or outcomes, key=lambda each: each[2])
-        retry = None if any(each[4] is None for each in denied) else max((each[4] for each in denied), default=0)
+        never = any(each[4] is None for each in denied)
+        retry = None if never else max((each[4] or 0 for each in denied), default=0)
         lease = charge.lease
         granted = grant(
             counters, now, charge.cost, *((lease.want, lease.divisor, lease.ttl_us, lease.ahead) if lease else (0, 2, 0))
@@ -56,8 +57,8 @@ class LeaseStore:
             following = self.charge(Charge(charge.counters, charge.cost))
             assert not following.allowed
         if granted.ahead is not None:
-            grant_ = {"granted": granted.units, "ends_us": granted.ends_us, "ahead": granted.ahead}
-            return GrantingDecision(*answer, **grant_, following=following)
+            units, ends_us = granted.units, granted.ends_us
+            return GrantingDecision(*answer, granted=units, ends_us=ends_us, ahead=granted.ahead, following=following)
         if following is not None and not denied:
             return LastDecision(*answer, following=following)
         if not granted.units:
