@@ -20,12 +20,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from tidegate.algorithms.leases import Ahead
 from tidegate.counters import Charge, Counters, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters.lease import Lease
 from tidegate.counters.lease_demand import LeaseDemand, Wish
 from tidegate.counters.lease_usage import LeaseUsage
 from tidegate.decision import Decision
-from tidegate.policy.limits import Limit, LimitSet
+from tidegate.policy.limits import LimitSet
 
 LIFE_MARGIN: Final = 1000
 """A lease ends here 1/1000 of its life, and 1 ms, before it ends in the store: clocks of machines differ by less than 0.1 %."""
@@ -35,70 +35,6 @@ _LOW: Final = 4
 _USAGE_STEPS: Final = 200
 _ENDS_SOON_NS: Final = 150_000_000
 """Leases that end within this time are renewed if they are used, else given up: a bucket takes nothing back afterwards."""
-
-
-class Lease:
-    """Units of one subject. The fields are written by `LeaseTable` alone."""
-
-    __slots__ = (
-        "ahead",
-        "at_us",
-        "base",
-        "binding",
-        "counted",
-        "counters",
-        "ends_us",
-        "expires_ns",
-        "granted",
-        "idle_ns",
-        "idle_since_ns",
-        "left",
-        "limits",
-        "low",
-        "next",
-        "received_ns",
-        "renewing",
-        "reset_at_us",
-        "sent_ns",
-        "session",
-        "swept_left",
-        "unit_us",
-    )
-
-    counters: Counters
-    granted: int
-    left: int
-    low: int
-    """Below it the lease is renewed."""
-    sent_ns: int
-    """When its request was sent, monotonic."""
-    expires_ns: int
-    """When it ends here, monotonic."""
-    ahead: Ahead | None
-    """When its units come free; None where they are."""
-    at_us: int
-    """When it was granted, by the store's clock."""
-    ends_us: int
-    """When it ends, by the store's clock."""
-    received_ns: int
-    """When the grant arrived here, monotonic: no unit is used earlier."""
-    base: int
-    """What remained in the store after the grant."""
-    binding: Limit | None
-    limits: LimitSet | None
-    reset_at_us: int
-    """When the binding limit is replenished if all units are used."""
-    unit_us: int
-    """How much sooner that is for each unit that is not: of a bucket."""
-    session: object
-    counted: int
-    """Units of those used that were counted elsewhere by `take_usage`."""
-    next: Lease | None
-    renewing: bool
-    swept_left: int
-    idle_since_ns: int
-    idle_ns: int
-    """It is given up when it was not used for so long."""
 
 
 class LeaseTable:
