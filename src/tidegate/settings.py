@@ -195,7 +195,7 @@ class LeaseSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         enabled: whether instances lease.
-        ttl_s: longest life of a lease, s.
+        ttl_s: life of the leases of busy subjects, s; those of slow subjects live longer, a minute at most.
         max_subjects: maximum number of leases of this process.
     """
 

@@ -16,8 +16,9 @@ from tests.conftest import Clock
 from tests.integration.test_lua_twins import CLOCK_BY_ARGUMENT, HELD, asked, limit_set
 from tests.model.lease_store import LeaseStore
 from tests.servers.redis_server import RedisServer
-from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.scripts import parameters, script
+from tidegate.decision import Decision
 from tidegate.policy.limits import Algorithm, AnyAlgorithm, LimitSet, QuotaAlgorithm
 
 KEYS = itertools.count()
@@ -44,6 +45,7 @@ STEPS = st.lists(
     [
         *zip(LEASED, LEASED[1:] + LEASED[:1], strict=True),
         (LEASED[0], None),
+        (LEASED[1], None),
         (LEASED[2], None),
         (LEASED[1], QuotaAlgorithm.QUOTA),
         (QuotaAlgorithm.QUOTA, None),
@@ -52,7 +54,8 @@ STEPS = st.lists(
 def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm | None) -> None:
     algorithms = frozenset({first} if second is None else {first, second})
     charge, lease, give_back = (script(work, algorithms, CLOCK_BY_ARGUMENT) for work in ("charge", "lease", "give_back"))
-    sets = [leased_set(each, size) for each, size in ((first, 2), (second, 1)) if each]
+    alone = 1 if first is Algorithm.SLIDING_WINDOW and second is None else 2
+    sets = [leased_set(each, size) for each, size in ((first, alone), (second, 1)) if each]
     configs = [parameters(limits, START_US) for limits in sets]
 
     @HELD
@@ -71,10 +74,12 @@ def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm
                     lease_held = held.pop(want % len(held))
                     returned = msgspec.structs.replace(lease_held, unused=min(cost, lease_held.granted))
                     store.give_back(returned)
-                    numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
-                    asked(any_redis, give_back, [*keys, *(f"{key}.reset" for key in keys)], *configs, numbers, clock.now_us)
+                    plan = (len(keys), returned.granted, returned.unused, returned.at_us, returned.ends_us)
+                    numbers = msgspec.msgpack.encode((*plan, *range(2, len(keys) + 2)))
+                    pairs = [name for key in keys for name in (key, f"{key}.reset")]
+                    asked(any_redis, give_back, pairs, numbers, *configs, clock.now_us)
                 continue
-            request = LeaseRequest(want, divisor, ttl_us) if what == "lease" else None
+            request = LeaseRequest(want, divisor, ttl_us, want % 9) if what == "lease" else None
             decision = store.charge(Charge(counters, cost, request))
             expected = (decision.allowed, decision.binding, decision.remaining, decision.retry_after_us)
             if request is None:
@@ -82,15 +87,38 @@ def test_twins(any_redis: RedisServer, first: AnyAlgorithm, second: AnyAlgorithm
                 assert in_python(reply, sets) == expected
                 assert reply[2] == decision.reset_after_us
                 continue
-            numbers = msgspec.msgpack.encode((want, divisor, ttl_us))
+            numbers = msgspec.msgpack.encode((want, divisor, ttl_us, want % 9))
             reply = asked(any_redis, lease, keys, *configs, cost, numbers, clock.now_us)
             assert in_python(reply, sets) == expected
-            granted = isinstance(decision, GrantingDecision)
-            assert reply[5:] == ([decision.granted, decision.ends_us] if granted else [0, 0])
+            assert in_limits(reply[5:], sets) == grant_of(decision)
             if isinstance(decision, GrantingDecision):
                 held.append(LeaseReturn(counters, decision.granted, 0, clock.now_us, decision.ends_us))
 
     hold()
+
+
+def in_limits(found: list[Any], sets: Sequence[LimitSet]) -> list[Any]:
+    """What follows in a reply, with the limit that denies in place of its number: two sets may have the same."""
+    if not isinstance(found[1], list):
+        return found
+    places = [limit for limits in sets for limit in limits.limits]
+    return [found[0], [places[found[1][0] - 1], *found[1][1:]]]
+
+
+def grant_of(decision: Decision) -> list[Any]:
+    """What should follow the answer to the check itself."""
+    leased = [0, 0, 0, 0, 0]
+    if isinstance(decision, GrantingDecision):
+        if decision.ahead is None:
+            return [decision.granted, decision.ends_us]
+        ahead = decision.ahead
+        start_us = ahead.end_us - ahead.window_us
+        leased = [decision.granted, decision.ends_us, ahead.current, ahead.previous, start_us // 1_000_000]
+    denial = decision.following if isinstance(decision, GrantingDecision | LastDecision) else decision
+    if denial is None or denial.allowed:
+        return [0, 0]
+    retry_us = -1 if denial.retry_after_us is None else denial.retry_after_us
+    return [0, [denial.binding, denial.remaining, denial.reset_after_us, retry_us, *leased]]
 
 
 def leased_set(algorithm: AnyAlgorithm, size: int) -> LimitSet:
@@ -116,14 +144,14 @@ def test_a_lease_before_a_reset_is_not_given_back(any_redis: RedisServer, algori
     assert granted[5] == 50
     ttl_ms = any_redis.call("PTTL", key)
     assert 0 < ttl_ms <= 2 * 86_400_000
-    numbers = msgspec.msgpack.encode((50, 20, granted[4], granted[6]))
-    back = (give_back, [key, f"{key}.reset"], config, numbers)
-    assert asked(any_redis, *back) == 1
+    numbers = msgspec.msgpack.encode((1, 50, 20, granted[4], granted[6], 2))
+    back = (give_back, [key, f"{key}.reset"], numbers, config)
+    assert asked(any_redis, *back) == [1]
     assert 949 + 20 <= asked(any_redis, charge, [key], config, 0)[1] <= 949 + 21
     assert any_redis.call("PTTL", key) <= ttl_ms
     asked(any_redis, reset, [key, f"{key}.reset"], "60000")
     assert asked(any_redis, charge, [key], config, 100)[1] == 900
-    assert asked(any_redis, *back) == 0
+    assert asked(any_redis, *back) == [0]
     assert asked(any_redis, charge, [key], config, 0)[1] <= 901
 
 

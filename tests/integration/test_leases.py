@@ -91,6 +91,14 @@ async def lease(store: LeasedCounters, limits: LimitSet) -> None:
     await ask(store, limits, 8)
 
 
+async def ask_until_leased(store: LeasedCounters, limits: LimitSet) -> None:
+    """Check until units are leased: on a busy machine a lease may be idle, and given back, before it is looked at."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not store.table.units:
+        assert time.monotonic() < deadline
+        await ask(store, limits)
+
+
 async def ready(store: LeasedCounters, limits: LimitSet) -> None:
     """Until the other instances are known and the script is loaded."""
     deadline = time.monotonic() + PATIENCE_S
@@ -133,6 +141,37 @@ async def test_a_subject_seen_once_and_a_log_are_not_leased(stores: tuple[Leased
     await ask(store, log, 20)
     assert not store.table.leases
     assert store.table.decisions == 0
+
+
+@pytest.mark.parametrize("algorithm", LEASED)
+async def test_after_the_last_unit_a_denial_needs_no_call(redis_server: RedisServer, algorithm: Algorithm) -> None:
+    limits = limit_set("20/366d burst 20" if algorithm.is_bucket else "20/366d", algorithm)
+    store = leased(redis_server)
+    await ready(store, limits)
+    decision = await ask(store, limits)
+    while decision.remaining:
+        decision = await ask(store, limits)
+    assert decision.allowed
+    calls = store.store.store_calls
+    assert not (await ask(store, limits, 5)).allowed
+    assert store.store.store_calls == calls
+    await store.close()
+
+
+async def test_many_leases_come_back_in_one_call(redis_server: RedisServer) -> None:
+    limits = limit_set("1000/366d")
+    store = leased(redis_server)
+    await ready(store, limits)
+    for number in range(40):
+        await ask(store, limits, 3, subject=f"s{number}")
+    before = store.store.store.return_calls
+    assert len(store.table.leases) == 40
+    await store.give_back()
+    assert store.store.store.return_calls == before + 1
+    assert store.table.units == store.table.lost == 0
+    for number in range(40):
+        assert (await ask(store, limits, cost=0, subject=f"s{number}")).remaining == 997
+    await store.close()
 
 
 @pytest.mark.parametrize("algorithm", LEASED)
@@ -309,8 +348,7 @@ async def test_nothing_is_leased_beside_an_instance_of_a_version_without_leases(
     server = new_redis()
     store, limits = leased(server), limit_set("1000/day")
     try:
-        await lease(store, limits)
-        assert store.table.units
+        await ask_until_leased(store, limits)
         until_us = (int(server.call("TIME")[0]) + 3600) * 1_000_000
         server.call("ZADD", "tg:{instances}", until_us, "an older version")
         await until(lambda: not store.table.leases and not store.table.returns)
@@ -318,7 +356,6 @@ async def test_nothing_is_leased_beside_an_instance_of_a_version_without_leases(
         await ask(store, limits, 20)
         assert not store.table.leases
         server.call("ZREM", "tg:{instances}", "an older version")
-        await lease(store, limits)
-        assert store.table.units
+        await ask_until_leased(store, limits)
     finally:
         await store.close()

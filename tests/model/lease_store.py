@@ -7,7 +7,7 @@ from typing import Any
 
 from tidegate.algorithms import DECIDE
 from tidegate.algorithms.leases import give_back, grant
-from tidegate.counters import Charge, GrantingDecision, LeaseReturn
+from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseReturn
 from tidegate.decision import Decision
 from tidegate.policy.limits import LimitSet
 
@@ -40,15 +40,27 @@ class LeaseStore:
         ]
         denied = [each for each in outcomes if each[1] is None]
         binding, _, remaining, reset, _ = min(denied or outcomes, key=lambda each: each[2])
-        retry = None if any(each[4] is None for each in denied) else max((each[4] for each in denied), default=0)
+        never = any(each[4] is None for each in denied)
+        retry = None if never else max((each[4] or 0 for each in denied), default=0)
         lease = charge.lease
-        granted = grant(counters, now, charge.cost, *((lease.want, lease.divisor, lease.ttl_us) if lease else (0, 2, 0)))
+        granted = grant(
+            counters, now, charge.cost, *((lease.want, lease.divisor, lease.ttl_us, lease.ahead) if lease else (0, 2, 0))
+        )
         assert granted.allowed == (not denied)
         assert granted.remaining == remaining
         for (limits, subject), states in zip(charge.counters, granted.states, strict=True):
             for limit, state in zip(limits.limits, states, strict=True):
                 self.states[limits.name, subject, limit.window_name] = state
         answer = (not denied, binding, remaining, reset, retry, now, charge.counters[0][0])
+        following = None
+        if lease is not None and charge.cost and (denied or remaining < charge.cost):
+            following = self.charge(Charge(charge.counters, charge.cost))
+            assert not following.allowed
+        if granted.ahead is not None:
+            units, ends_us = granted.units, granted.ends_us
+            return GrantingDecision(*answer, granted=units, ends_us=ends_us, ahead=granted.ahead, following=following)
+        if following is not None and not denied:
+            return LastDecision(*answer, following=following)
         if not granted.units:
             return Decision(*answer)
         return GrantingDecision(*answer, granted=granted.units, ends_us=granted.ends_us)

@@ -232,6 +232,23 @@ async def test_reloading_a_tier_does_not_extend_the_ttl_of_its_keys(held: Held, 
     assert caller.api_key.status is KeyStatus.REVOKED
 
 
+async def test_a_tier_that_is_loaded_again_unchanged_has_the_same_limits(held: Held, clock: Seconds) -> None:
+    """Stores know denials, leases and last answers by them: else each subject would get a check more where the store is slow."""
+    cached = CachedCatalog(held, clock=clock, l1_ttl_s=10)
+
+    async def rules() -> list[Any]:
+        caller = await cached.caller(FREE_KEY)
+        assert caller is not None
+        return [rule.limits for rule in caller.tier.rules] + [caller.tier.limits]
+
+    before = await rules()
+    assert any(limits is not None for limits in before)
+    clock.now += 100
+    again = await rules()
+    assert held.count(TIER) == 2
+    assert all(one is two for one, two in zip(before, again, strict=True))
+
+
 async def test_stale_entries_serve_to_their_bound_and_not_beyond(held: Held, clock: Seconds) -> None:
     cached = CachedCatalog(held, l1_ttl_s=60, stale_if_error_s=100, clock=clock)
     began = clock.now

@@ -181,8 +181,13 @@ async def test_one_answer_alone_is_used_for_a_moment_only() -> None:
     assert not made.late.may_admit(charge(), 3), "nobody knows how fast the others use it up"
     assert made.late.may_admit(charge(), 1)
     made.late.observe(charge().counters, msgspec.structs.replace(said(True, 19), at_us=AT_US + 200_000))
+    assert made.late.may_admit(charge(), 3)
     made.now_us += 10_000_000
-    assert made.late.may_admit(charge(), 3), "nothing is used between the two"
+    assert not made.late.may_admit(charge(), 3), "that nothing was used in 0.2 s says little of 10 s"
+    for number in range(1, 8):
+        made.late.observe(charge().counters, msgspec.structs.replace(said(True, 19), at_us=AT_US + number * 10_000_000))
+        made.now_us += 10_000_000
+    assert made.late.may_admit(charge(), 3), "nothing was used in 10 s, again and again"
     made.late.observe(charge(subject="leased").counters, said(True, 30))
     made.now_us += 10_000_000
     assert made.late.may_admit(charge(subject="leased"), 3), "half of the limit remained"
@@ -194,3 +199,15 @@ async def test_what_leases_decided_since_the_answer_is_kept_back_for_each_other_
     assert made.late.may_admit(charge(), 3, leased=3)
     assert not made.late.may_admit(charge(), 3, leased=4), "30 - 2 * 2 * 4 leave four for each, and four were used"
     assert made.late.may_admit(charge(), 1, leased=0)
+
+
+async def test_an_old_answer_and_few_units_of_leases_say_little_of_what_the_others_used() -> None:
+    made = Made()
+    made.late.observe(charge().counters, said(True, 39))
+    assert made.late.may_admit(charge(9), 3)
+    made.now_us += 200_001
+    assert made.late.may_admit(charge(3), 3), "nothing is leased: (20 - 10) / 3"
+    assert not made.late.may_admit(charge(4), 3), "it shows no rate: half of the limit may be left"
+    assert made.late.may_admit(charge(2), 3, leased=0), "(20 - 2 * 2 * 3) / 3"
+    assert not made.late.may_admit(charge(3), 3, leased=0)
+    assert not made.late.may_admit(charge(), 3, leased=1), "2 * 2 * 6 may be used"

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.cases.quotas import quotas_of
 from tests.model.lease_store import LeaseStore
+from tidegate.algorithms.leases import Ahead
 from tidegate.counters import Charge, LeaseRequest
 from tidegate.counters.lease_table import LeaseTable
 from tidegate.decision import Decision
@@ -32,6 +33,7 @@ LEASED = [algorithm for algorithm in Algorithm if algorithm is not Algorithm.SLI
 PERIODS = {"second": "second", "7s": "hour", "minute": "minute"}
 """Quotas in place of limits per window."""
 LEASED_DECISIONS: dict[Algorithm, int] = defaultdict(int)
+AHEAD_DECISIONS = [0]
 DRIFTS = (999_000, 999_500, 1_000_000, 1_000_700, 1_001_000)
 """How many µs of an instance's clock pass in a true second."""
 
@@ -54,6 +56,8 @@ class LeaseMachine(RuleBasedStateMachine):
     algorithm: Algorithm
     tier_algorithm: AnyAlgorithm | None = None
     """Of the tier's set; one at random, or none, where None."""
+    reached = False
+    """Whether the only limit is reached when it begins, by the window before: then units are leased before they come free."""
 
     @initialize(
         amount=AMOUNTS,
@@ -65,9 +69,10 @@ class LeaseMachine(RuleBasedStateMachine):
     def begin(self, amount: int, windows: list[str], burst: int, tier: AnyAlgorithm | None, drifts: list[int]) -> None:
         self.now_us = START_US
         self.store = LeaseStore(lambda: self.now_us)
-        self.windows = windows
-        self.tier = self.tier_algorithm or tier
+        self.windows = ["minute"] if self.reached else windows
+        self.tier = None if self.reached else self.tier_algorithm or tier
         self.most: dict[str, tuple[int, int]] = {}
+        amount = 100 if self.reached else amount
         self.change(amount, burst)
         self.instances = [_Instance(self, drift) for drift in drifts]
         self.requests: list[tuple[_Instance, Charge, LeaseRequest, int]] = []
@@ -77,6 +82,10 @@ class LeaseMachine(RuleBasedStateMachine):
         self.claimed: list[Admission] = []
         self.resets: dict[str, int] = defaultdict(int)
         self.reset_us: dict[str, int] = {}
+        if self.reached:
+            for subject in "ab":
+                self._process_at_once(subject, amount)
+            self.now_us += 60_000_000
 
     def _set(self, name: str, algorithm: AnyAlgorithm, amount: int, burst: int) -> LimitSet:
         text = f" burst {burst}" if algorithm.is_bucket else ""
@@ -94,16 +103,23 @@ class LeaseMachine(RuleBasedStateMachine):
             self.sets.append(self._set("tier", self.tier, amount + 5, burst + 3))
 
     @rule(
-        us=st.one_of(st.integers(0, 100_000), st.integers(0, 9_000_000), st.sampled_from([1_000, 20_000, 4_999_000, 5_001_000]))
+        us=st.one_of(
+            st.integers(0, 100_000),
+            st.integers(0, 2_000_000),
+            st.integers(0, 9_000_000),
+            st.sampled_from([1_000, 20_000, 4_999_000, 5_001_000]),
+        )
     )
     def wait(self, us: int) -> None:
-        self.now_us += us
+        self.now_us += us % 2_000_000 if self.reached else us
 
     @rule(
         before_us=st.sampled_from([0, 1, 500, 1_500, 8_000, 100_000]),
         window_us=st.sampled_from([1_000_000, 7_000_000, 60_000_000]),
     )
     def wait_for_an_edge(self, before_us: int, window_us: int) -> None:
+        if self.reached and before_us:
+            return
         edge_us = self.now_us // window_us * window_us + window_us
         self.now_us = max(edge_us - before_us, self.now_us)
 
@@ -116,11 +132,15 @@ class LeaseMachine(RuleBasedStateMachine):
     )
     def check(self, number: int, cost: int, times: int, subject: str, answered: bool) -> None:
         """Some checks; where a lease does not decide them the store is asked, which answers at once or later."""
+        if self.reached:
+            # Fewer, so that each comes again while it has a lease.
+            number, subject = number % 2, "a"
         instance = self.instances[number]
         counters = tuple((limits, subject) for limits in self.sets)
         for _ in range(times):
             decision = instance.table.take(counters, cost)
             if decision is not None:
+                AHEAD_DECISIONS[0] += instance.table.leases[counters].ahead is not None
                 self._note(decision, counters, cost, instance.table.leases[counters].at_us)
                 continue
             sent_ns = instance.clock_ns()
@@ -151,6 +171,10 @@ class LeaseMachine(RuleBasedStateMachine):
     def process(self, which: int) -> None:
         """The store decides a charge that was on its way."""
         self._process(which % len(self.requests))
+
+    def _process_at_once(self, subject: str, cost: int) -> None:
+        counters = tuple((limits, subject) for limits in self.sets)
+        self._note(self.store.charge(Charge(counters, cost)), counters, cost, self.now_us)
 
     def _process(self, place: int) -> None:
         instance, charge, request, sent_ns = self.requests.pop(place)
@@ -258,6 +282,24 @@ def test_never_more_than_the_limit(algorithm: Algorithm, tier: AnyAlgorithm | No
     machine = type("Machine", (LeaseMachine,), {"algorithm": algorithm, "tier_algorithm": tier})
     run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS))
     assert LEASED_DECISIONS[algorithm] > 0
+
+
+def test_never_more_than_a_sliding_limit_whose_units_are_leased_before_they_come_free() -> None:
+    AHEAD_DECISIONS[0] = 0
+    machine = type("Machine", (LeaseMachine,), {"algorithm": Algorithm.SLIDING_WINDOW, "reached": True})
+    run_state_machine_as_test(machine, settings=settings(max_examples=EXAMPLES, stateful_step_count=STEPS))
+    assert AHEAD_DECISIONS[0] > 0
+
+
+def test_units_that_are_used_before_they_are_free_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ahead, "free", lambda self, at_us: self.amount - self.current)
+    machine = type("Machine", (LeaseMachine,), {"algorithm": Algorithm.SLIDING_WINDOW, "reached": True})()
+    machine.begin(amount=30, windows=["minute"], burst=1, tier=None, drifts=[1_000_000] * 4)
+    for _ in range(40):
+        machine.wait(200_000)
+        machine.check(number=0, cost=1, times=1, subject="a", answered=True)
+    with pytest.raises(AssertionError, match="held="):
+        machine.teardown()
 
 
 def test_a_lease_that_lives_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from tidegate.tools.plan.assumptions import PRICES, USE, assume
 from tidegate.tools.plan.caches import cache_shares
 from tidegate.tools.plan.constants import Constant, measured
 from tidegate.tools.plan.fleet import CapacityPlan, make_plan
+from tidegate.tools.plan.leases import lease_calls
 from tidegate.tools.plan.quantities import parse_quantity, short, size
 
 users = st.floats(min_value=1, max_value=1e10)
@@ -127,7 +128,8 @@ def test_shards_are_bounded_by_memory_or_by_cpu() -> None:
 
 @given(users, st.floats(min_value=1, max_value=100))
 def test_more_users_never_need_less(dau: float, times: float) -> None:
-    less, more = plan(dau), plan(min(dau * times, 1e10))
+    # With leases they may: the more often a user comes, the fewer of its checks are calls.
+    less, more = plan(dau, "leases=0"), plan(min(dau * times, 1e10), "leases=0")
     for name in ("peak_rps", "instances", "shards", "redis_memory", "database_bytes", "bandwidth", "bandwidth_redis", "cost"):
         assert more.value(name) >= less.value(name) * (1 - 1e-9), name
 
@@ -152,6 +154,32 @@ def test_every_plan_holds_together(dau: float) -> None:
         assert line.formula
         assert line.shown
         assert math.isfinite(line.value)
+
+
+@given(st.floats(min_value=1, max_value=1e8), st.floats(min_value=0.001, max_value=1e6), st.integers(1, 100))
+def test_leases_save_calls_and_most_with_affinity(keys: float, rate: float, instances: int) -> None:
+    same, spread = (lease_calls(keys, rate, each, 5.0, 1.0) for each in (1, instances))
+    assert 0 < same <= 1
+    assert 0 < spread <= 1
+    assert same <= spread * 1.05, "within what one group of ranks has in common"
+
+
+def test_calls_with_leases_by_hand() -> None:
+    # 10/s: 50 checks in the life of a lease, after the one that was granted it, and every pause is short.
+    assert lease_calls(1, 10, 1, 5.0, 1.0) == pytest.approx((1 / 51) * 1.02, rel=0.001)
+    # One in ten minutes: the pause before it was too long for a lease, but for 1 in 30 of them.
+    assert lease_calls(1, 1 / 600, 1, 5.0, 1.0) == pytest.approx(1, rel=0.01)
+
+
+def test_shards_at_a_hundred_million_users_before_and_after_leases() -> None:
+    with_leases, same, without = (
+        make_plan(100e6, measured(), assume(overrides=each)) for each in ([], ["affinity=1"], ["leases=0"])
+    )
+    before = with_leases.value("shards_by_cpu_without_leases")
+    assert same.value("shards_by_cpu") < with_leases.value("shards_by_cpu") < before
+    assert without.value("redis_calls") > with_leases.value("redis_calls") > same.value("redis_calls")
+    assert f"max({before:.0f} by CPU" in next(line.formula for line in without.lines if line.name == "shards")
+    assert not any("lease" in line.name for line in without.lines)
 
 
 def test_a_known_peak_and_known_counters_replace_those_derived_from_users() -> None:

@@ -1,6 +1,8 @@
 -- Twin of leases.py: what a lease means to each algorithm. The parameters of a counter are as in charge.lua.
 
 local MIN_LIFE = 20000
+local AHEAD_LIFE = 5000000
+local MIN_AHEAD = 2
 
 local function lease_window(now, window)
   if window <= 0 then
@@ -60,6 +62,24 @@ local function lease_hold(key, config, now, units, ends)
     end
   end
   redis.call('SET', key, cmsgpack.pack(unpack(held)), 'PX', math.max(math.ceil(longest / 1000), 1))
+end
+
+-- Charges units of a sliding window that come free until the lease ends. `fresh` is its state now.
+local function lease_ahead(key, config, fresh, now, want, life)
+  local length, start, current, previous = config[2] * 1000000, fresh[2], fresh[3], fresh[4]
+  local left = start * 1000000 + length - now
+  life = math.min(life, AHEAD_LIFE, left)
+  if start < 0 or left > length or life < MIN_LIFE then
+    return 0, 0, 0, 0, 0
+  end
+  local units = math.min(want, config[3] - current - (multiply_divide(previous, left - life, length)))
+  if units < MIN_AHEAD then
+    return 0, 0, 0, 0, 0
+  end
+  fresh[3] = current + units
+  local counts = left + length + 1 - divide_up(length, current + units)
+  algorithms.sliding_window.save(key, nil, fresh, math.ceil(counts / 1000))
+  return units, now + life, current, previous, start
 end
 
 -- Gives back to the windows that the units were charged in. Whether anything changed.

@@ -7,6 +7,10 @@ A grant is a second charge in the same step as that of a check. What makes it st
 - *Buckets*: while a lease lives, the level does not drain below the units that are leased. So the units used and those still to
   be used together never exceed the level.
 
+Of a sliding window whose limit is reached, units that are not free yet are leased ahead (`Ahead`): they are charged now, and
+each is used from the moment on at which it would have been free. Until then all others are denied, so what was admitted is at
+no time more than without.
+
 `sliding_log` is never leased: its promise holds for any span of time, and a unit would count from its grant, not from its use.
 
 A return gives up a lease. Unused units of windows and quotas are subtracted from where they were charged; those of buckets from
@@ -33,8 +37,35 @@ from tidegate.timestamps import US_PER_S
 MIN_LIFE_US: Final = 20_000
 """Shorter leases are not granted: most of their life would be over when the reply arrives. The same number is in the Lua."""
 
+AHEAD_US: Final = 5_000_000
+"""Units that come free later are not leased. The same number is in the Lua."""
+MIN_AHEAD: Final = 2
+"""Fewer units are not leased ahead. The same number is in the Lua."""
+
 Counter: TypeAlias = tuple[AnyAlgorithm, Sequence[Limit], Sequence[State]]
 """How a counter counts, its limits, and a state for each of them."""
+
+
+class Ahead(NamedTuple):
+    """When units of a sliding window come free that were leased before: as the units of the window before it count less and less.
+
+    Args:
+        current: units charged in the window before those of the lease.
+        previous: units charged in the window before it.
+        end_us: when the window ends, µs since the epoch.
+        window_us: its length.
+        amount: of the limit.
+    """
+
+    current: int
+    previous: int
+    end_us: int
+    window_us: int
+    amount: int
+
+    def free(self, at_us: int) -> int:
+        """How many units of the lease may have been used at a moment of the window, µs since the epoch."""
+        return self.amount - self.current - self.previous * max(self.end_us - at_us, 0) // self.window_us
 
 
 class Grant(NamedTuple):
@@ -45,7 +76,8 @@ class Grant(NamedTuple):
         remaining: after the check, before the grant, of the limit with the least left.
         units: leased beyond the check; 0 for none.
         ends_us: when the lease ends, µs since the epoch; 0 where there is none.
-        states: of each counter, new; as they were where the check was denied.
+        states: of each counter, new; as they were where the check was denied and nothing leased.
+        ahead: when the units come free; None where they are free.
     """
 
     allowed: bool
@@ -53,9 +85,10 @@ class Grant(NamedTuple):
     units: int
     ends_us: int
     states: list[list[State]]
+    ahead: Ahead | None = None
 
 
-def grant(counters: Sequence[Counter], now: int, cost: int, want: int, divisor: int, ttl_us: int) -> Grant:
+def grant(counters: Sequence[Counter], now: int, cost: int, want: int, divisor: int, ttl_us: int, ahead: int = 0) -> Grant:
     """Decide a check on all its counters, charge it, and lease further units to who sent it.
 
     Args:
@@ -65,14 +98,15 @@ def grant(counters: Sequence[Counter], now: int, cost: int, want: int, divisor: 
         want: units to lease, at most.
         divisor: what is leased is at most what remains divided by this, 2 or more: close to a limit nothing is leased.
         ttl_us: life of the lease, at most.
+        ahead: units to lease, at most, where the cost does not pass, or not again: of those that come free until the lease ends.
 
     Returns:
         The outcome.
     """
     passed, remaining, states = _charge(counters, now, cost)
     none = Grant(passed, remaining, 0, 0, states if cost else [list(each) for _, _, each in counters])
-    if not passed:
-        return none
+    if not passed or remaining < cost:
+        return _grant_ahead(none, counters, now, ttl_us, ahead)
     units = min(want, remaining // divisor)
     life = min([ttl_us, *(_left(limit, now) for algorithm, limits, _ in counters if not algorithm.is_bucket for limit in limits)])
     if units < 1 or life < MIN_LIFE_US:
@@ -83,6 +117,25 @@ def grant(counters: Sequence[Counter], now: int, cost: int, want: int, divisor: 
         if algorithm.is_bucket:
             own[:] = [_with_lease(state, units, now + life) for state in own]
     return Grant(True, remaining, units, now + life, states)
+
+
+def _grant_ahead(none: Grant, counters: Sequence[Counter], now: int, ttl_us: int, want: int) -> Grant:
+    algorithm, limits, _ = counters[0]
+    limit = limits[0]
+    if len(counters) > 1 or len(limits) > 1 or algorithm is not Algorithm.SLIDING_WINDOW or limit.is_calendar:
+        return none
+    state = sliding_window.decide(limit, none.states[0][0], now, 0)[0]
+    if state is None or state[0] < 0 or state[0] > now:
+        return none
+    start, current, previous = state
+    end, window = start + limit.window_us, limit.window_us
+    life = min(ttl_us, AHEAD_US, end - now)
+    units = min(want, Ahead(current, previous, end, window, limit.amount).free(now + life))
+    if units < MIN_AHEAD or life < MIN_LIFE_US:
+        return none
+    charged: list[list[State]] = [[(start, current + units, previous)]]
+    ahead = Ahead(current, previous, end, window, limit.amount)
+    return Grant(none.allowed, none.remaining, units, now + life, charged, ahead)
 
 
 def give_back(

@@ -20,6 +20,8 @@ from tidegate.policy.limits import LimitSet
 if TYPE_CHECKING:
     import asyncio
 
+    from tidegate.algorithms.leases import Ahead
+
 
 class LeaseRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Units that a store may charge in advance with a charge, for its sender to use without asking. Compared by identity.
@@ -28,11 +30,13 @@ class LeaseRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
         want: units, at most.
         divisor: of what remains after the charge: no more than the quotient is leased; 2 or more.
         ttl_us: how long, µs, at most; windows end a lease earlier.
+        ahead: units, at most, of those that come free later, where the charge does not pass, or not again.
     """
 
     want: int
     divisor: int
     ttl_us: int
+    ahead: int = 0
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):
@@ -57,10 +61,14 @@ class GrantingDecision(Decision, frozen=True, gc=False):
     Args:
         granted: units leased.
         ends_us: when the lease ends, by the store's clock, µs since the epoch.
+        ahead: when the units come free; None where they are free.
+        following: see `LastDecision`; None where such a check may pass.
     """
 
     granted: int = 0
     ends_us: int = 0
+    ahead: Ahead | None = None
+    following: Decision | None = None
 
     def after_grant(self) -> Decision:
         """The decision with what remains after the grant."""
@@ -71,6 +79,16 @@ class GrantingDecision(Decision, frozen=True, gc=False):
         return Decision(
             self.allowed, self.binding, self.remaining, self.reset_after_us, self.retry_after_us, self.at_us, self.limits
         )
+
+
+class LastDecision(Decision, frozen=True, gc=False):
+    """The decision of a charge that asked for a lease and got none, and after which a check of the same cost does not pass.
+
+    Args:
+        following: what such a check would get: its denial, which is valid as if the store had answered it.
+    """
+
+    following: Decision | None = None
 
 
 class LeaseReturn(msgspec.Struct, frozen=True, gc=False):

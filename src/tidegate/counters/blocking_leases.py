@@ -19,7 +19,7 @@ from tidegate.counters import Charge, ChargeOutcome, Counters, LeaseGrantor, Lea
 from tidegate.counters.blocking_redis import BlockingRedis
 from tidegate.counters.forks import FORKS
 from tidegate.counters.holds import HoldHandle, HoldSettlement
-from tidegate.counters.lease_table import Lease
+from tidegate.counters.lease import Lease
 from tidegate.counters.leased import SWEEP_S, LeasedCounters
 from tidegate.counters.locked_leases import LockedLeaseTable
 from tidegate.counters.redis.blocking_connection import run_blocking
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _JOIN_S: Final = 1.0
 _SWEEP_STEPS: Final = 2_000
-_MAX_DIVISOR: Final = 16
 _ENDS_SOON_NS: Final = 150_000_000
 
 
@@ -243,9 +242,7 @@ class BlockingLeases:
 
     def _sweep(self) -> None:
         self.store.beat_if_due()
-        # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
-        instances = self.store.instances
-        self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+        self._leased.divide(self.store.instances)
         self.table.sweep(_SWEEP_STEPS)
         self._leased.renew()
         self._leased.send_returns()

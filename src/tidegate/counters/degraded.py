@@ -141,7 +141,7 @@ class DegradedDecisions:
         return outcome
 
     def _may_admit(self, charge: Charge) -> bool:
-        leased = 0 if self.lease_usage is None or self.instances == 1 else self.lease_usage(charge.counters)
+        leased = None if self.lease_usage is None or self.instances == 1 else self.lease_usage(charge.counters)
         return self.late.may_admit(charge, self.instances, self._local.used(charge, self.instances), leased)
 
     def _answered_late(self, charge: Charge, admitted: bool, started_us: int, answer: Decision | StoreUnavailable) -> None:
@@ -150,10 +150,12 @@ class DegradedDecisions:
             shard = answer.details.get("shard")
             if shard is not None:
                 self._breakers.failed(str(shard), answer, time.monotonic())
-        elif not answer.allowed:
-            self._remember_denial(charge, answer, started_us)
-        elif self.on_late_grant is not None and isinstance(answer, GrantingDecision):
-            self.on_late_grant(charge, answer, started_us)
+        else:
+            granting = answer if isinstance(answer, GrantingDecision) else None
+            if not answer.allowed:
+                self._remember_denial(charge, (granting and granting.following) or answer, started_us)
+            if granting is not None and self.on_late_grant is not None:
+                self.on_late_grant(charge, granting, started_us)
         if admitted and (isinstance(answer, StoreUnavailable) or not answer.allowed):
             self._local.owe(charge, self._store_now_us())
 

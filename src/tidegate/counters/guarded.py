@@ -22,7 +22,7 @@ from threading import get_ident
 from typing import Final, TypeVar
 
 from tidegate.background import SUPERVISOR, stop
-from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LateAnswer, LeaseReturn
+from tidegate.counters import Charge, ChargeOutcome, Counters, GrantingDecision, LastDecision, LateAnswer, LeaseReturn
 from tidegate.counters.degraded import DegradedDecisions, GuardOptions, instance_name, now_us
 from tidegate.counters.fallback import passes_without_end
 from tidegate.counters.forks import FORKS
@@ -142,10 +142,13 @@ class GuardedCounters(DegradedDecisions):
         """Remember a denial, and that little remains, for later checks that reach their deadline."""
         if self._local.unanswered:
             self._local.answered(charge.counters)
+        following = decision.following if isinstance(decision, GrantingDecision | LastDecision) else None
         if not decision.allowed:
-            self._remember_denial(charge, decision, started_us)
+            self._remember_denial(charge, following or decision, started_us)
             self.late.observe(charge.counters, decision, started_us)
             return
+        if following is not None:
+            self._remember_denial(charge, following, started_us)
         if isinstance(decision, GrantingDecision):
             # Checks that the lease decides bring no further answers: the next one may be the first that comes late.
             self.late.observe(charge.counters, decision.after_grant(), started_us)
@@ -153,7 +156,8 @@ class GuardedCounters(DegradedDecisions):
         if (
             decision.binding is None
             or decision.remaining is None
-            or decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount)
+            # Where units are leased, answers are too rare to drop one.
+            or (self.denial_ttl_us is None and decision.remaining * 2 >= (decision.binding.burst or decision.binding.amount))
             or (decision.overage and passes_without_end(decision))
         ):
             return

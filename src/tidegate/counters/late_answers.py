@@ -8,14 +8,17 @@ A slow shard goes on counting: what was sent to it is charged or denied, and its
   within a second and within the windows in which they were charged (algorithms with windows; for others they are lost).
 - *No reply can come any more*: what was admitted is owed.
 
-What is admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances
-do at the same time. Each reply says what remains; while that is less than half of the limit it is remembered. At a deadline an
-instance admits, beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that
-quarter is a reserve for what other instances may have used since; where they used more, by the last two answers, twice as much as
-they use in the time since is the reserve; where this instance used leases since, twice what it used for each of the others. Where
-nothing is remembered, half of the limit was left at the last reply, if there was one: then it is a share of a quarter of the
-limit, and one check in any case. Where one answer alone is known, of less than half of the limit, nothing is admitted once it is
-0.2 s old: it shows no rate. A single instance needs no reserve.
+What is admitted at a deadline has to be so little that the store will most probably charge it, whatever the other instances do
+at the same time. Each reply says what remains; while that is less than half of the limit it is remembered, and always where
+units are leased: checks that leases decide bring no replies, so the last one may be old. At a deadline an instance admits,
+beyond what it knows to be charged, at most its share of what remained above a quarter of the limit: that quarter is a reserve
+for what other instances may have used since; where they may have used more, by the last two answers, twice as much as they use
+in the time since is the reserve; where this instance used leases since, twice what it used for each of the others. What was
+seen in one span of time says little of another where the numbers are small: three may come where none were seen. Where nothing
+is remembered, half of the limit was left at the last reply, if there was one: then it is a share of a quarter of the limit, and
+one check in any case. Where one answer alone is known, of less than half of the limit, nothing is admitted once it is 0.2 s
+old: it shows no rate. An old answer that shows no rate is never taken to leave more than half of the limit. A single instance
+needs no reserve.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class _Scarce(NamedTuple):
         window_until_us: until then no more can remain, but for units that are given back.
         sent_us: not later than the moment of the figure.
         at_us: the same by the store's clock.
-        rate: units that all instances used in a second, by the last answers; below 0 where one answer alone is known.
+        rate: units that all instances use in a second, at most, by the last answers; below 0 where one answer alone is known.
     """
 
     until_us: int
@@ -111,34 +114,40 @@ class LateAnswers:
                 return
             # Answers that come together say little of the rate: it does not fall at once.
             used, passed_us = max(before.remaining - remaining, 0), at_us - before.at_us
-            rate = max(used * 1e6 / passed_us if passed_us >= _RATE_OVER_US else -1.0, before.rate / 2)
+            rate = max(_at_most(used) * 1e6 / passed_us if passed_us >= _RATE_OVER_US else -1.0, before.rate / 2)
         until_us = now_us + decision.reset_after_us
         # A sliding window that has ended gives back more and more before all of it counts no longer.
         window_until_us = min(until_us, now_us + _window_left_us(counters, decision))
         sent_us = now_us if sent_us is None else sent_us
         self._scarce[counters] = _Scarce(until_us, remaining, window_until_us, sent_us, at_us, rate)
 
-    def may_admit(self, charge: Charge, instances: int, uncharged: int = 0, leased: int = 0) -> bool:
+    def may_admit(self, charge: Charge, instances: int, uncharged: int = 0, leased: int | None = None) -> bool:
         """Whether a check may pass at its deadline.
 
         Args:
             instances: how many share the limits, 1 or more.
             uncharged: units that this instance admitted without the store since it last answered, as far as no answer is awaited.
-            leased: units that it used from leases since then. The answer is as old as they are: each other instance may have used
-                twice as many in that time, and it is not known whether a store that is lost now had charged them.
+            leased: units that it used from leases since then; None where nothing is leased. The answer is as old as they are:
+                each other instance may have used twice as many in that time, and it is not known whether a store that is lost now
+                had charged them.
         """
         capacity = min(limit.capacity for limits, _ in charge.counters for limit in limits.limits)
-        outstanding = self._outstanding.get(charge.counters, 0) + uncharged + leased
+        outstanding = self._outstanding.get(charge.counters, 0) + uncharged + (leased or 0)
         # A single instance knows of all usage.
-        reserve = max(capacity // 4, 2 * leased * (instances - 1)) if instances > 1 else 0
+        reserve = max(capacity // 4, 2 * (leased or 0) * (instances - 1)) if instances > 1 else 0
         known = self._scarce.get(charge.counters)
         if known is not None and known.until_us > (now_us := self._now_us()):
+            remaining = known.remaining
             if instances > 1:
                 age_us = now_us - known.sent_us
-                if known.rate < 0 and age_us > _ALONE_US and known.remaining * 2 < capacity:
-                    return False
+                if known.rate < 0 and age_us > _ALONE_US:
+                    if known.remaining * 2 < capacity:
+                        return False
+                    remaining = capacity // 2
+                    if leased is not None:
+                        reserve = max(reserve, 2 * math.ceil(_at_most(leased)) * (instances - 1))
                 reserve = max(reserve, math.ceil(2 * known.rate * age_us / 1e6))
-            return outstanding + charge.cost <= max(known.remaining - reserve, 0) // instances
+            return outstanding + charge.cost <= max(remaining - reserve, 0) // instances
         if not outstanding:
             return charge.cost <= max(capacity // instances, 1)
         return outstanding + charge.cost <= (capacity // 2 - reserve) // instances
@@ -251,6 +260,11 @@ class LateAnswers:
         # The caller has taken the grant; the decision alone is used again.
         plain = decision.without_grant() if isinstance(decision, GrantingDecision) else decision
         entries.append((self._now_us() + left_us, plain))
+
+
+def _at_most(seen: int) -> float:
+    """How many may come in a time like one in which so many were seen: chance makes much more of small numbers, 3 of none."""
+    return seen + 2 * math.sqrt(seen) + 3
 
 
 def _window_left_us(counters: _Counters, decision: Decision) -> int:

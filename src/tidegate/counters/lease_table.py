@@ -4,12 +4,11 @@ A lease is units of one subject that the store has charged already. While it liv
 life is counted from before its request was sent, on this machine's monotonic clock, and ends `LIFE_MARGIN` and 1 ms early, so it
 ends here before it ends in the store.
 
-Which subjects are leased, and how much, follows their demand: none before the third check within two lease lives; what is
-wanted grows to twice the last lease where that ran out early, and falls to what was used of it, or half, where units remained.
+Which subjects are leased, how much and for how long follows their demand (`lease_demand`).
 
-A lease that is nearly used up is renewed before its last unit is gone: the next one waits behind it. So a subject has two at
-most. One that a busy subject has used until its end is asked for by the next check. Units that are not used for half a lease life
-are given up, and so are leases that end.
+A lease of a busy subject that is nearly used up is renewed before its last unit is gone: the next one waits behind it. So a
+subject has two at most. One that was used until its end is asked for by the next check. Units that are not used for a while are
+given up, and so are leases that end.
 
 Not thread-safe: one event loop.
 """
@@ -22,79 +21,20 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from tidegate.counters import Charge, Counters, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.counters.lease import Lease
+from tidegate.counters.lease_demand import LeaseDemand, Wish
 from tidegate.counters.lease_usage import LeaseUsage
 from tidegate.decision import Decision
-from tidegate.policy.limits import Limit, LimitSet
+from tidegate.policy.limits import LimitSet
 
 LIFE_MARGIN: Final = 1000
 """A lease ends here 1/1000 of its life, and 1 ms, before it ends in the store: clocks of machines differ by less than 0.1 %."""
 _MARGIN_NS: Final = 1_000_000
-MIN_CHECKS: Final = 2
-"""Checks of a subject that were answered within two lease lives before it is leased."""
-MAX_WANT: Final = 1_000_000
 _LOW: Final = 4
 """A lease of which less than this part remains is renewed."""
 _USAGE_STEPS: Final = 200
 _ENDS_SOON_NS: Final = 150_000_000
 """Leases that end within this time are renewed if they are used, else given up: a bucket takes nothing back afterwards."""
-
-
-class Lease:
-    """Units of one subject. The fields are written by `LeaseTable` alone."""
-
-    __slots__ = (
-        "at_us",
-        "base",
-        "binding",
-        "counted",
-        "counters",
-        "ends_us",
-        "expires_ns",
-        "granted",
-        "idle_since_ns",
-        "left",
-        "limits",
-        "low",
-        "next",
-        "received_ns",
-        "renewing",
-        "reset_at_us",
-        "sent_ns",
-        "session",
-        "swept_left",
-        "unit_us",
-    )
-
-    counters: Counters
-    granted: int
-    left: int
-    low: int
-    """Below it the lease is renewed."""
-    sent_ns: int
-    """When its request was sent, monotonic."""
-    expires_ns: int
-    """When it ends here, monotonic."""
-    at_us: int
-    """When it was granted, by the store's clock."""
-    ends_us: int
-    """When it ends, by the store's clock."""
-    received_ns: int
-    """When the grant arrived here, monotonic: no unit is used earlier."""
-    base: int
-    """What remained in the store after the grant."""
-    binding: Limit | None
-    limits: LimitSet | None
-    reset_at_us: int
-    """When the binding limit is replenished if all units are used."""
-    unit_us: int
-    """How much sooner that is for each unit that is not: of a bucket."""
-    session: object
-    counted: int
-    """Units of those used that were counted elsewhere by `take_usage`."""
-    next: Lease | None
-    renewing: bool
-    swept_left: int
-    idle_since_ns: int
 
 
 class LeaseTable:
@@ -107,32 +47,34 @@ class LeaseTable:
 
     Attributes:
         divisor: of the requests; see `LeaseRequest`.
+        slow_divisor: of those whose leases live longer.
         decisions: checks decided from leases.
         leased: units.
         returned: unused units that the store took back.
         lost: unused units that it did not take back, or that were not given back.
         leases: the current ones, by counters.
         returns: leases given up, to be sent.
+        urgent: whether they are to be sent at once: what they count was changed, or they end soon.
         renewals: counters whose leases are to be renewed.
     """
 
     def __init__(self, ttl_us: int, max_subjects: int, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self.divisor = 2
+        self.divisor = self.slow_divisor = 2
         self.decisions = 0
         self.leased = 0
         self.returned = 0
         self.lost = 0
         self.leases: OrderedDict[Counters, Lease] = OrderedDict()
         self.returns: list[LeaseReturn] = []
+        self.urgent = False
         self.renewals: list[Counters] = []
         self.on_renewal: Callable[[], None] | None = None
         self._ttl_us = ttl_us
         self._max_subjects = max_subjects
         self._clock_ns = clock_ns
         self._by_subject: dict[str, list[Lease]] = {}
-        self._pending: OrderedDict[Counters, tuple[LeaseRequest, int]] = OrderedDict()
-        # By hash: subjects that share one are leased a little early.
-        self._demand: dict[int, tuple[int, int, int]] = {}
+        self._pending: OrderedDict[Counters, tuple[LeaseRequest, int, int]] = OrderedDict()
+        self._demand = LeaseDemand(ttl_us, max_subjects)
         self._cleared_ns = 0
         self._usage = LeaseUsage(max_subjects)
 
@@ -162,6 +104,8 @@ class LeaseTable:
                 return None
             self._give_up(lease, now_ns)
             lease, left = following, following.left - cost
+        if lease.ahead is not None:
+            return self._take_ahead(lease, left, now_ns)
         lease.left = left
         self.decisions += 1
         if left < lease.low and not lease.renewing and lease.next is None:
@@ -170,6 +114,17 @@ class LeaseTable:
         at_us = lease.at_us + (now_ns - lease.received_ns) * 999 // 1_000_000
         reset_us = lease.reset_at_us - at_us - left * lease.unit_us
         return Decision(True, lease.binding, lease.base + left, reset_us if reset_us > 0 else 0, 0, at_us, lease.limits)
+
+    def _take_ahead(self, lease: Lease, left: int, now_ns: int) -> Decision | None:
+        """Decide from units that come free one after the other: None where this one is not yet."""
+        assert lease.ahead is not None
+        at_us = lease.at_us + (now_ns - lease.received_ns) * 999 // 1_000_000
+        free = lease.ahead.free(at_us) - (lease.granted - left)
+        if free < 0:
+            return None
+        lease.left = left
+        self.decisions += 1
+        return Decision(True, lease.binding, free, max(lease.reset_at_us - at_us, 0), 0, at_us, lease.limits)
 
     def request(self, counters: Counters, cost: int, now_ns: int) -> LeaseRequest | None:
         """What to lease with a check that the store decides.
@@ -184,12 +139,6 @@ class LeaseTable:
         """
         if counters in self._pending:
             return None
-        key, epoch = hash(counters), now_ns // 1000 // self._ttl_us
-        known_epoch, checks, want = self._demand.get(key, (0, 0, 0))
-        if known_epoch != epoch:
-            checks = checks // 2 if known_epoch == epoch - 1 else 0
-        if checks < MIN_CHECKS:
-            return None
         lease = self.leases.get(counters)
         if lease is not None:
             if lease.next is not None or (lease.left >= cost and now_ns < lease.expires_ns):
@@ -197,8 +146,8 @@ class LeaseTable:
             if lease.left < cost and now_ns < lease.expires_ns:
                 # It ran out, or its rest is too little for this check: what it had is given back with the next one.
                 self._give_up(lease, now_ns)
-                want = self._demand[key][2]
-        return self._new_request(counters, max(want, checks, 2 * cost), now_ns)
+        wish = self._demand.wish(counters, cost, now_ns // 1000)
+        return None if wish is None else self._new_request(counters, wish, now_ns)
 
     def answered(self, counters: Counters) -> None:
         """Note that the store decided a check: that is demand. Those in flight at once are not: each is charged by itself.
@@ -206,14 +155,7 @@ class LeaseTable:
         Args:
             counters: of the check; all must be leasable.
         """
-        key, epoch = hash(counters), self._clock_ns() // 1000 // self._ttl_us
-        known_epoch, checks, want = self._demand.get(key, (epoch, 0, 0))
-        if known_epoch != epoch:
-            checks = checks // 2 if known_epoch == epoch - 1 else 0
-        if len(self._demand) >= self._max_subjects and key not in self._demand:
-            # The busy ones are known again after a few checks.
-            self._demand.clear()
-        self._demand[key] = (epoch, checks + 1, want)
+        self._demand.answered(counters, self._clock_ns() // 1000)
 
     def confirm(self, counters: Counters) -> None:
         """Note that the store decided a charge, so that it has not lost what was used from earlier leases.
@@ -256,8 +198,8 @@ class LeaseTable:
 
     def renewal(self, counters: Counters, now_ns: int) -> LeaseRequest | None:
         """The request to send with a check of cost 0, for a lease that was in `renewals`; None where it has ended."""
-        want = self._demand.get(hash(counters), (0, 0, MIN_CHECKS))[2]
-        return self._new_request(counters, max(want, MIN_CHECKS), now_ns)
+        wish = self._demand.wish(counters, 1, now_ns // 1000)
+        return None if wish is None or wish.slow else self._new_request(counters, wish, now_ns)
 
     def accept(self, counters: Counters, request: LeaseRequest, decision: Decision, sent_ns: int, session: object) -> None:
         """Process the answer to a request; one that comes twice, or after the next request, is ignored.
@@ -278,9 +220,13 @@ class LeaseTable:
             return
         self._forget_request(counters)
         self._usage.forget(counters)
+        idle_ns = pending[2]
         self.leased += decision.granted
         now_ns = self._clock_ns()
         lease = self._lease_of(counters, decision, sent_ns, now_ns, session)
+        lease.idle_ns = idle_ns
+        if request.ttl_us > self._ttl_us or lease.ahead is not None:
+            lease.low = 0
         current = self.leases.get(counters)
         unwanted = sent_ns < self._cleared_ns or (current is not None and current.next is not None)
         if unwanted or now_ns >= lease.expires_ns or (current is None and len(self.leases) >= self._max_subjects):
@@ -312,10 +258,11 @@ class LeaseTable:
                 lease.swept_left, lease.idle_since_ns = lease.left, now_ns
             if now_ns >= lease.expires_ns:
                 self._give_up(lease, now_ns)
-            elif now_ns - lease.idle_since_ns >= self._ttl_us * 500:
+            elif now_ns - lease.idle_since_ns >= lease.idle_ns:
                 self._drop(lease, now_ns)
             elif (
                 lease.next is None
+                and lease.ahead is None
                 and now_ns >= lease.expires_ns - _ENDS_SOON_NS
                 # Where a window ends it, the next one would end with it.
                 and lease.ends_us - lease.at_us == self._ttl_us
@@ -338,6 +285,7 @@ class LeaseTable:
         Args:
             of: selects them by any of their counters; all where None.
         """
+        self.urgent = True
         now_ns = self._cleared_ns = self._clock_ns()
         for lease in list(self.leases.values()):
             if of is None or any(of(*counter) for counter in lease.counters):
@@ -363,7 +311,9 @@ class LeaseTable:
         return sum(
             lease.left
             for lease in self._by_subject.get(subject, ())
-            if now_ns < lease.expires_ns and any(limits.name == each.name for each, own in lease.counters if own == subject)
+            if lease.ahead is None
+            and now_ns < lease.expires_ns
+            and any(limits.name == each.name for each, own in lease.counters if own == subject)
         )
 
     def settled(self, returned: LeaseReturn, taken: bool) -> None:
@@ -400,11 +350,11 @@ class LeaseTable:
         self.returns, self.renewals = [], []
         self._usage = LeaseUsage(self._max_subjects)
 
-    def _new_request(self, counters: Counters, want: int, now_ns: int) -> LeaseRequest | None:
+    def _new_request(self, counters: Counters, wish: Wish, now_ns: int) -> LeaseRequest | None:
         if counters in self._pending or (counters not in self.leases and len(self.leases) >= self._max_subjects):
             return None
-        request = LeaseRequest(min(want, MAX_WANT), self.divisor, self._ttl_us)
-        self._pending[counters] = (request, now_ns)
+        request = LeaseRequest(wish.units, self.slow_divisor if wish.slow else self.divisor, wish.life_us, wish.ahead)
+        self._pending[counters] = (request, now_ns, wish.idle_us * 1000)
         return request
 
     def _forget_request(self, counters: Counters) -> None:
@@ -415,18 +365,11 @@ class LeaseTable:
 
     def _renew(self, lease: Lease, now_ns: int) -> None:
         lease.renewing = True
-        early = (now_ns - lease.sent_ns) * 2 < lease.expires_ns - lease.sent_ns
-        if early and lease.left < lease.low:
-            self._want(lease.counters, 2 * lease.granted)
+        if lease.left < lease.low:
+            self._demand.ran_out(lease.counters, lease.granted, (now_ns - lease.sent_ns) // 1000, now_ns // 1000)
         self.renewals.append(lease.counters)
         if self.on_renewal is not None:
             self.on_renewal()
-
-    def _want(self, counters: Counters, want: int) -> None:
-        key = hash(counters)
-        epoch, checks, _ = self._demand.get(key, (0, 0, 0))
-        if len(self._demand) < self._max_subjects or key in self._demand:
-            self._demand[key] = (epoch, checks, min(want, MAX_WANT))
 
     def _lease_of(self, counters: Counters, decision: GrantingDecision, sent_ns: int, now_ns: int, session: object) -> Lease:
         lease = Lease()
@@ -434,12 +377,12 @@ class LeaseTable:
         lease.counters, lease.session = counters, session
         lease.granted = lease.left = lease.swept_left = decision.granted
         lease.low = decision.granted // _LOW
-        lease.sent_ns, lease.idle_since_ns = sent_ns, now_ns
+        lease.sent_ns, lease.idle_since_ns, lease.idle_ns = sent_ns, now_ns, self._ttl_us * 500
         lease.expires_ns = sent_ns + (life_us - life_us // LIFE_MARGIN) * 1000 - _MARGIN_NS
         lease.at_us, lease.ends_us = decision.at_us, decision.ends_us
         lease.received_ns = now_ns
         lease.base = max((decision.remaining or 0) - decision.granted, 0)
-        lease.binding, lease.limits = decision.binding, decision.limits
+        lease.binding, lease.limits, lease.ahead = decision.binding, decision.limits, decision.ahead
         lease.reset_at_us = decision.at_us + decision.reset_after_us
         lease.unit_us, lease.next, lease.renewing, lease.counted = 0, None, False, 0
         limits, binding = decision.limits, decision.binding
@@ -458,10 +401,11 @@ class LeaseTable:
         """Give up a lease; the one that waits behind it takes its place."""
         counters = lease.counters
         used = lease.granted - lease.left
+        held_us, now_us = (min(now_ns, lease.expires_ns) - lease.sent_ns) // 1000, now_ns // 1000
         if lease.left:
-            self._want(counters, max(used, lease.granted // 2))
-        elif (now_ns - lease.sent_ns) * 2 < lease.expires_ns - lease.sent_ns:
-            self._want(counters, max(2 * lease.granted, self._demand.get(hash(counters), (0, 0, 0))[2]))
+            self._demand.left_over(counters, lease.granted, used, held_us, now_us)
+        else:
+            self._demand.ran_out(counters, lease.granted, held_us, now_us)
         if self.leases.get(counters) is lease:
             if lease.next is not None:
                 self.leases[counters] = lease.next
@@ -480,7 +424,9 @@ class LeaseTable:
 
     def _queue_return(self, lease: Lease) -> None:
         unused, lease.left = lease.left, 0
-        if unused or any(limits.algorithm.is_bucket for limits, _ in lease.counters):
+        bucket = any(limits.algorithm.is_bucket for limits, _ in lease.counters)
+        self.urgent = self.urgent or bucket
+        if unused or bucket:
             self.returns.append(LeaseReturn(lease.counters, lease.granted, unused, lease.at_us, lease.ends_us, lease.session))
 
 

@@ -36,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 0.05
 _SWEEP_STEPS: Final = 2_000
+_RETURN_SOON: Final = 50
+_RETURN_SWEEPS: Final = 5
+"""Fewer leases than `_RETURN_SOON` wait until so many sweeps are over, so that one call gives back many."""
 _MAX_DIVISOR: Final = 16
+_SLOW_DIVISOR: Final = 4
+"""How many times less of what remains is leased for longer."""
 _DROP_AGAIN_S: Final = 0.4
 _CLOSE_S: Final = 2.0
 """How long shutdown waits until the store has taken the units back."""
@@ -47,12 +52,11 @@ class LeasedCounters:
 
     Args:
         store: grants the leases; `close` closes it too.
-        ttl_s: longest life of a lease, s.
+        ttl_s: life of the leases of busy subjects, s.
         max_subjects: most leases.
 
     Attributes:
         table: the leases.
-        sent_returns: leases that the store was asked to take back.
     """
 
     immediate = False
@@ -62,7 +66,7 @@ class LeasedCounters:
     def __init__(self, store: LeaseGrantor, ttl_s: float = 5.0, max_subjects: int = 100_000) -> None:
         self.store = store
         self.table = self.make_table(round(ttl_s * 1e6), max_subjects)
-        self.table.divisor = _MAX_DIVISOR
+        self.divide(_MAX_DIVISOR)
         self.table.on_renewal = self._renew_soon
         store.on_late_grant = self._accept_late
         store.on_reset = self.table.drop
@@ -73,7 +77,6 @@ class LeasedCounters:
         self._sweeper: asyncio.Task[None] | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._renewing = False
-        self.sent_returns = 0
 
     def charge_now(self, counters: Counters, cost: int) -> Decision | None:
         """Decide from a lease, without waiting for anything.
@@ -278,20 +281,30 @@ class LeasedCounters:
             session = self.store.session(charge.counters)
             self.table.accept(charge.counters, charge.lease, decision, started_us * 1000, session)
 
+    def divide(self, instances: int) -> None:
+        """Lease less of what remains the more instances there are: close to a limit the last units must go to those that ask.
+
+        Args:
+            instances: that share the store.
+        """
+        divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+        self.table.divisor, self.table.slow_divisor = divisor, _SLOW_DIVISOR * divisor
+
     async def _sweep(self) -> None:
+        sweeps = 0
         while True:
             await asyncio.sleep(SWEEP_S)
-            # Close to a limit the last units must go to whoever asks for them, the more so the more instances there are.
             if self.store.instances_known:
-                instances = self.store.instances
-                self.table.divisor = 2 if instances <= 1 else min(2 * instances, _MAX_DIVISOR)
+                self.divide(self.store.instances)
             self.table.sweep(_SWEEP_STEPS)
-            await self._send_returns()
+            sweeps += 1
+            if self.table.urgent or len(self.table.returns) >= _RETURN_SOON or sweeps % _RETURN_SWEEPS == 0:
+                await self._send_returns()
 
     async def _send_returns(self) -> None:
+        self.table.urgent = False
         while returns := self.table.take_returns(self.return_batch):
             # Not sent again where it fails: the store may have taken them.
-            self.sent_returns += len(returns)
             taken: Sequence[bool] = ()
             try:
                 taken = await self.store.give_back(returns)

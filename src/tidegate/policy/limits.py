@@ -219,6 +219,7 @@ class LimitSet:
     """
 
     __slots__ = (
+        "__weakref__",
         "algorithm",
         "failures",
         "leasable",

@@ -21,6 +21,7 @@ from tidegate.policy.overrides import Override
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 from tidegate.policy.rule_index import AttributeRuleIndex, CompiledRule, RuleIndex, counted_methods, rule_rank
 from tidegate.policy.rules import Mode, Rule, Subject
+from tidegate.policy.shared_limits import share
 from tidegate.policy.subject_overrides import OverriddenLimits, RuleOverrides, index_overrides
 from tidegate.timestamps import US_PER_S
 
@@ -130,6 +131,8 @@ class CompiledTier:
             suffix += ", " + self.quotas.header
             if self.limits is not None:
                 self.limits.quotas += ", " + self.quotas.header
+        if self.limits is not None:
+            self.limits = share(self.limits)
         self.has_actions = any(rule.action is not None for rule in tier.rules)
         names = counter_names(tier.rules)
         rules_sold = {
@@ -247,7 +250,7 @@ def _limit_set(
     if slots is not None:
         made.quotas += f", {quota_text(slots)}"
     made.quotas += suffix if quotas is None else f"{suffix}, {quotas.header}"
-    return made
+    return share(made)
 
 
 def _slots(tier: Tier, rule: Rule, suffix: str, counter: str) -> LimitSet | None:
@@ -265,7 +268,7 @@ def _slots(tier: Tier, rule: Rule, suffix: str, counter: str) -> LimitSet | None
         tier=tier.name,
     )
     made.quotas += suffix
-    return made
+    return share(made)
 
 
 def _overridden(

@@ -15,6 +15,7 @@ from tidegate.errors import PolicyError
 from tidegate.policy.fields import short
 from tidegate.policy.limits import MAX_EXACT, Limit, LimitSet, OnFailure, QuotaAlgorithm
 from tidegate.policy.periods import Period, PeriodAnchor
+from tidegate.policy.shared_limits import share
 from tidegate.timestamps import US_PER_S
 
 MAX_QUOTA: Final = 10**12
@@ -147,6 +148,12 @@ class PeriodClock:
         self.period = period
         self.anchor = anchor
         self._start = self._end = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PeriodClock) and (self.period, self.anchor) == (other.period, other.anchor)
+
+    def __hash__(self) -> int:
+        return hash((self.period, self.anchor))
 
     def bounds(self, now_us: int) -> tuple[int, int]:
         """The period that contains a moment. Costs 0.1 µs, and 10 µs for the first moment of a period."""
@@ -282,15 +289,17 @@ class CompiledQuotas:
             )
             for quota in self.quotas
         ]
-        return LimitSet(
-            quota_name(self._counter),
-            QuotaAlgorithm.QUOTA,
-            limits,
-            self._on_failure,
-            rule=self.rule,
-            tier=self.tier,
-            shadow=self._shadow,
-            leases=self._leases,
+        return share(
+            LimitSet(
+                quota_name(self._counter),
+                QuotaAlgorithm.QUOTA,
+                limits,
+                self._on_failure,
+                rule=self.rule,
+                tier=self.tier,
+                shadow=self._shadow,
+                leases=self._leases,
+            )
         )
 
 

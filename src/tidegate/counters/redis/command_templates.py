@@ -10,7 +10,8 @@ from typing import Any, Final
 import msgspec
 
 from tidegate.algorithms import State
-from tidegate.counters import Charge, GrantingDecision, LeaseRequest, LeaseReturn
+from tidegate.algorithms.leases import Ahead
+from tidegate.counters import Charge, GrantingDecision, LastDecision, LeaseRequest, LeaseReturn
 from tidegate.counters.redis.keyspace import hash_tag, key_of, name_of, reset_key_of
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, boundaries_end_us, parameters, script, wire_states
@@ -95,14 +96,58 @@ class CommandTemplate:
         """The script that a charge runs."""
         return self.script if charge.lease is None else self.lease_script
 
-    def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: int) -> Decision:
+    def _granting(self, binding: int, least: int, reset: int, retry: int, now: int, granted: int, ends: Any) -> Decision:
         limit = self.limits_by_place[(binding if binding > 0 else -binding) - 1]
         retry_after = None if retry < 0 else retry
         if least < 0:
             return Decision(binding > 0, limit, 0, reset, 0, now, self.limits, overage=-least)
+        if type(ends) is list:
+            return self._exhausted(Decision(binding > 0, limit, least, reset, retry_after, now, self.limits), *ends)
         if not granted:
             return Decision(binding > 0, limit, least, reset, retry_after, now, self.limits)
         return GrantingDecision(binding > 0, limit, least, reset, retry_after, now, self.limits, granted=granted, ends_us=ends)
+
+    def _exhausted(
+        self,
+        decision: Decision,
+        denied_by: int,
+        left: int,
+        replenished: int,
+        passes: int,
+        granted: int,
+        ends: int,
+        current: int,
+        previous: int,
+        start_s: int,
+    ) -> Decision:
+        allowed, limit, remaining, reset, retry, now = (
+            decision.allowed,
+            decision.binding,
+            decision.remaining,
+            decision.reset_after_us,
+            decision.retry_after_us,
+            decision.at_us,
+        )
+        passes_after = None if passes < 0 else passes
+        denial = Decision(False, self.limits_by_place[denied_by - 1], left, replenished, passes_after, now, self.limits)
+        if not granted:
+            if not allowed:
+                return decision
+            return LastDecision(allowed, limit, remaining, reset, retry, now, self.limits, following=denial)
+        window = self.limits_by_place[0]
+        return GrantingDecision(
+            allowed,
+            limit,
+            remaining,
+            reset,
+            retry,
+            now,
+            self.limits,
+            granted=granted,
+            ends_us=ends,
+            ahead=Ahead(current, previous, start_s * US_PER_S + window.window_us, window.window_us, window.amount),
+            following=denial,
+        )
 
 
 def _without_left(reply: Any) -> Any:
@@ -146,12 +191,12 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
 
 
 @lru_cache(maxsize=1024)
-def _lease_numbers(want: int, divisor: int, ttl_us: int) -> bytes:
-    return _bulk(msgspec.msgpack.encode((want, divisor, ttl_us)))
+def _lease_numbers(want: int, divisor: int, ttl_us: int, ahead: int) -> bytes:
+    return _bulk(msgspec.msgpack.encode((want, divisor, ttl_us, ahead)))
 
 
 def _lease_part(lease: LeaseRequest) -> bytes:
-    return _lease_numbers(lease.want, lease.divisor, lease.ttl_us)
+    return _lease_numbers(lease.want, lease.divisor, lease.ttl_us, lease.ahead)
 
 
 def _script_head(work: Script, keys: int, arguments: int) -> bytes:
@@ -191,17 +236,22 @@ def absorb_command(work: Script, limits: LimitSet, subject: str, states: Sequenc
     return encode_command("EVALSHA", work.sha, "1", key_of(limits, subject), *arguments)
 
 
-def give_back_command(work: Script, returned: LeaseReturn) -> bytes:
-    """The command that gives up a lease; see `give_back.lua`.
+def give_back_command(work: Script, returns: Sequence[LeaseReturn]) -> bytes:
+    """The command that gives up leases; see `give_back.lua`.
 
     Args:
-        returned: the lease; all its counters are on one server.
+        returns: the leases; all their counters are on one server.
 
     Returns:
         One command.
     """
-    keys = [key_of(*counter) for counter in returned.counters] + [reset_key_of(*counter) for counter in returned.counters]
-    numbers = msgspec.msgpack.encode((returned.granted, returned.unused, returned.at_us, returned.ends_us))
-    return encode_command(
-        "EVALSHA", work.sha, str(len(keys)), *keys, *(parameters(limits) for limits, _ in returned.counters), numbers
-    )
+    keys: list[bytes] = []
+    which: dict[LimitSet, int] = {}
+    plan: list[int] = []
+    for each in returns:
+        plan += (len(each.counters), each.granted, each.unused, each.at_us, each.ends_us)
+        for limits, subject in each.counters:
+            keys += (key_of(limits, subject), reset_key_of(limits, subject))
+            plan.append(which.setdefault(limits, len(which) + 2))
+    arguments = (msgspec.msgpack.encode(plan), *(parameters(limits) for limits in which))
+    return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from tidegate.errors import SettingsError
-from tidegate.settings import CacheSettings
+from tidegate.settings import CacheSettings, LeaseSettings
 
 PRICES_OF: Final = "2026-11-25"
 """Date of the prices below: round numbers in the range of cloud providers' prices, not from a price list."""
@@ -26,6 +26,7 @@ class Assumption(NamedTuple):
 
 
 _CACHE: Final = CacheSettings()
+_LEASES: Final = LeaseSettings()
 
 USE: Final[Mapping[str, Assumption]] = {
     "requests_per_user": Assumption(100, 0.001, 1e6, "requests of a user in a day"),
@@ -37,7 +38,10 @@ USE: Final[Mapping[str, Assumption]] = {
     "min_instances": Assumption(3, 1, 1000, "minimum number of instances; minReplicas of the autoscaler"),
     "max_instances": Assumption(50, 1, 10_000, "maximum number of instances; maxReplicas of the autoscaler"),
     "spare_instances": Assumption(1, 0, 100, "instances that may be unavailable at the peak"),
-    "calls_per_check": Assumption(1, 0.001, 2, "calls to Redis for a check: 1 for subjects too rare to be leased"),
+    "calls_per_check": Assumption(1, 0.001, 2, "calls to Redis for a check, without leases"),
+    "leases": Assumption(1, 0, 1, "leases.enabled: 1, or 0 for none"),
+    "affinity": Assumption(0, 0, 1, "whether the balancer sends a key to one instance: 1, or 0"),
+    "lease_ttl_s": Assumption(_LEASES.ttl_s, 0.2, 60, "leases.ttl_s, s"),
     "redis_cpu_target": Assumption(0.60, 0.05, 1, "CPU utilization of a shard's core at the peak, 0 to 1"),
     "shard_gb": Assumption(4, 0.1, 1000, "maxmemory of a shard, GB"),
     "shard_fill": Assumption(0.75, 0.05, 1, "maximum share of maxmemory in use; the rest is for growth, fork and fragmentation"),
@@ -64,6 +68,7 @@ PRICES: Final[Mapping[str, Assumption]] = {
 }
 _INTEGERS: Final = frozenset(
     {"cores_per_instance", "min_instances", "max_instances", "spare_instances", "min_shards", "replicas_per_shard"}
+    | {"leases", "affinity"}
     | {"database_cores", "min_replicas", "l1_keys"}
 )
 

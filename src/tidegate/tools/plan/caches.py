@@ -61,7 +61,7 @@ def cache_shares(
     Returns:
         The shares; the first three add up to 1.
     """
-    buckets = _buckets(max(round(keys), 1), exponent)
+    buckets = rank_groups(max(round(keys), 1), exponent)
     rates = [(count, rate * weight) for count, weight in buckets]
     lifetime_s = l1_ttl_s
     if _entries_of_one(rates, instances, lifetime_s) > l1_keys:
@@ -85,7 +85,7 @@ def _entries_of_one(rates: Sequence[tuple[float, float]], instances: int, lifeti
     return sum(count * (hits := each / instances * lifetime_s) / (1 + hits) for count, each in rates)
 
 
-def _buckets(keys: int, exponent: float) -> list[tuple[int, float]]:
+def rank_groups(keys: int, exponent: float) -> list[tuple[int, float]]:
     """Groups of keys: the number of keys, and the share of all requests of each of them."""
     edges = list(range(1, min(keys, _EXACT_RANKS) + 1))
     while edges[-1] < keys:

@@ -11,6 +11,7 @@ import msgspec
 from tidegate.tools.plan.assumptions import Assumptions
 from tidegate.tools.plan.caches import CacheShares, cache_shares
 from tidegate.tools.plan.constants import Constant
+from tidegate.tools.plan.leases import lease_calls
 from tidegate.tools.plan.quantities import rate, short, size
 
 DAY_S: Final = 86_400
@@ -103,6 +104,7 @@ class _Sheet:
 
 _FORMATS: Final[Mapping[str, Callable[[float], str]]] = {
     "": lambda value: f"{value:,.0f}" if value < 100_000 else short(value),
+    "calls": lambda value: f"{value:.2f}",
     "1/s": lambda value: f"{value:,.0f}/s",
     "share": lambda value: f"{value:.1%}",
     "B": size,
@@ -134,7 +136,7 @@ def make_plan(
     instances = _instances(sheet, peak)
     look_ups = key_look_ups(dau, peak, instances, assumed)
     replicas, stored = _database(sheet, peak, look_ups)
-    calls, nodes = _redis(sheet, peak, look_ups, counters)
+    calls, nodes = _redis(sheet, peak, instances, look_ups, counters)
     _bandwidth(sheet, peak, calls)
     _cost(sheet, mean, instances, nodes, replicas + 1, stored)
     return CapacityPlan(dau, tuple(sheet.lines), _notes(sheet, instances, peak, look_ups))
@@ -229,7 +231,27 @@ def _database(sheet: _Sheet, peak: float, look_ups: CacheShares) -> tuple[int, f
     return replicas, sheet.add("database_bytes", stored, "B", "database size of each server", formula, "api_key_bytes")
 
 
-def _redis(sheet: _Sheet, peak: float, look_ups: CacheShares, counters: float | None) -> tuple[float, int]:
+def _leased(sheet: _Sheet, peak: float, instances: int) -> float:
+    """Calls to Redis for a check, with leases where there are any."""
+    use = sheet.use
+    each = use["calls_per_check"]
+    if not use["leases"]:
+        return each
+    spread = 1 if use["affinity"] else instances
+    share = lease_calls(sheet.dau, peak, spread, use["lease_ttl_s"], use["zipf_exponent"])
+    where = "each at one instance" if use["affinity"] else f"spread over {instances:,} instances"
+    return sheet.add(
+        "leased_calls_per_check",
+        each * share,
+        "calls",
+        "calls to Redis for a check, with leases",
+        f"{each:g} × {share:.2f}: users by Zipf {use['zipf_exponent']:g}, {where}, leases of {use['lease_ttl_s']:g} s and more",
+        "",
+        "calls_per_check leases affinity lease_ttl_s zipf_exponent",
+    )
+
+
+def _redis(sheet: _Sheet, peak: float, instances: int, look_ups: CacheShares, counters: float | None) -> tuple[float, int]:
     """Calls/s to Redis at the peak, and the number of Redis servers."""
     use, measured = sheet.use, sheet.measured
     if counters is None:
@@ -245,12 +267,21 @@ def _redis(sheet: _Sheet, peak: float, look_ups: CacheShares, counters: float | 
     formula = f"{short(look_ups.l2_entries)} cached keys × {measured['cache_entry_bytes']:g} B"
     sheet.add("cache_bytes", entries, "B", "Redis memory of the shared cache", formula, "cache_entry_bytes", _CACHES)
     looked_up = peak * (1 - look_ups.l1)
-    each = use["calls_per_check"]
-    formula = f"{peak:,.0f} checks × {each:g} + {looked_up:,.0f} look-ups that L1 does not answer"
-    used = f"calls_per_check {_CACHES}"
+    each = _leased(sheet, peak, instances)
+    formula = f"{peak:,.0f} checks × {each:.3g} + {looked_up:,.0f} look-ups that L1 does not answer"
+    used = f"calls_per_check leases affinity lease_ttl_s {_CACHES}"
     calls = sheet.add("redis_calls", peak * each + looked_up, "1/s", "calls to Redis, peak", formula, "", used)
     by_cpu, by_memory = shards_for(calls, counters_bytes + entries, sheet.constants, sheet.assumed)
     shards = max(by_cpu, by_memory, int(use["min_shards"]))
+    if use["leases"]:
+        every = peak * use["calls_per_check"] + looked_up
+        before, _ = shards_for(every, 0, sheet.constants, sheet.assumed)
+        for name, count, title, text in (
+            ("shards_by_cpu_without_leases", before, "Redis shards that CPU needs, without leases", every),
+            ("shards_by_cpu", by_cpu, "the same with leases", calls),
+        ):
+            formula = f"⌈{text:,.0f}/s × {measured['redis_cpu_us']:g} µs / {use['redis_cpu_target']:.0%}⌉"
+            sheet.add(name, count, "", title, formula, "redis_cpu_us", "redis_cpu_target")
     sheet.add(
         "shards",
         shards,
