@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import hiredis
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -56,8 +57,12 @@ class LuaHolds:
     """Holds and checks by the scripts, at the moment of a test's clock."""
 
     def __init__(self, server: RedisServer, clock: Clock) -> None:
-        async def run(_: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
-            return asked(server, with_clock(work), list(keys), *arguments, clock.now_us)  # type: ignore[arg-type]
+        async def run(_: bytes, work: Script, command: bytes) -> Any:
+            reader = hiredis.Reader()
+            reader.feed(command)
+            _, _, count, *parts = reader.gets()
+            keys, arguments = parts[: int(count)], parts[int(count) :]
+            return asked(server, with_clock(work), keys, *arguments, clock.now_us)
 
         def template(counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
             return CommandTemplate(tuple(limits for limits, _ in counters))

@@ -7,9 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self, TypeAlias
 
-from tidegate.counters import Charge, CounterStore
+from tidegate.counters import Charge, Counters, CounterStore
 from tidegate.counters.blocking import BlockingCounterStore
-from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
+from tidegate.counters.holds import (
+    DEFAULT_TTL_S,
+    HoldHandle,
+    HoldingCounterStore,
+    blocking_holding,
+    holding,
+)
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.reservations import (
     BlockingReservingStore,
@@ -63,6 +69,8 @@ class _Limits:
             member_of(OnFailure, on_failure, "on_failure"),
             rule=label,
         )
+        self._label = label
+        self._most_at_once = min(MAX_COST, *(limit.capacity for limit in self._limits.limits))
 
     _namespace: CompiledNamespace | None = None
     """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""
@@ -161,6 +169,8 @@ class Limiter(_Limits):
         super().__init__(limits, algorithm=algorithm, counters=counters, name=name, on_failure=on_failure)
         self.counters: CounterStore = open_memory_or_redis(counters)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
+        self._memory = self.counters if type(self.counters) is MemoryCounters else None
+        self._holding: HoldingCounterStore | None = None
         self._waiting = AsyncWaiting()
 
     async def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
@@ -302,17 +312,25 @@ class Limiter(_Limits):
         Raises:
             BadRequest: if an argument makes no sense, or the cost can never pass.
         """
-        counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
-        store = holding(self.counters)
-
-        async def opens() -> tuple[Decision, HoldHandle | None]:
-            if not SWITCHES.enforced:
-                return self._allowed_in_tests(), None
-            return await store.open_hold(counters, cost, ttl_us, self._limits.rule)
-
-        # A task of its own for the settlement costs more than the settlement in memory.
-        settles_now = self.counters.settle_hold_now if type(self.counters) is MemoryCounters else None
-        return AsyncHold(self._limits.rule or "", cost, opens, store.settle_hold, store.renew_hold, settles_now)
+        if (
+            ttl_s == DEFAULT_TTL_S
+            and self._namespace is None
+            and type(cost) is int
+            and 0 <= cost <= self._most_at_once
+            and type(subject) is str
+            and 0 < len(subject) <= LONGEST_SUBJECT
+            and not subject.startswith(_DIGEST)
+        ):
+            # Most calls: nothing to read, clamp or refuse.
+            counters: Counters = ((self._limits, subject),)
+            ttl_us = DEFAULT_TTL_S * US_PER_S
+        else:
+            counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
+        allowed = None if SWITCHES.enforced else self._allowed_in_tests()
+        store = self._holding
+        if store is None:
+            store = self._holding = holding(self.counters)
+        return AsyncHold(self._label, cost, counters, ttl_us, store, self._memory, allowed)
 
     async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.

@@ -101,8 +101,10 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
 
 
 def _deciding(work: str, names: Sequence[str], watched: bool) -> list[str]:
-    """What a script has that decides checks, or knows holds. Redis makes the functions of a script anew on each call: those that most
-    calls do not need come after the common case, which ends before them, or inside a function that is called where they are.
+    """What a script has that decides checks, or knows holds.
+
+    Redis makes the functions of a script anew on each call: those that most calls do not need come after the common case, which
+    ends before them, or inside a function that is called where they are needed.
     """
     backs = [_read("tidegate.algorithms", part) for part in dict.fromkeys(_BACK[name] for name in names if name in _BACK)]
     levels = [_read("tidegate.algorithms", "holds_levels")] if "token_bucket" in names else []
