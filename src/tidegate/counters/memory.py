@@ -87,6 +87,8 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
             return self._charge_several(counters, cost)
         # Two counters, as those of a rule and its tier: two thirds of the cost of `_charge_several` where each has one limit.
         (limits, subject), (other_limits, other_subject) = counters
+        if self._open and self._clock() >= self._next_hold_end:
+            return self._charge_several(counters, cost)
         try:
             compiled, other = self._compiled[limits], self._compiled[other_limits]
             key, other_key = compiled.token + subject, other.token + other_subject
@@ -94,7 +96,7 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
             state, other_state = shard[key], other_shard[other_key]
         except KeyError:
             return self._charge_several(counters, cost)
-        if not compiled.simple or not other.simple or not state or not other_state or self._open:
+        if not compiled.simple or not other.simple or not state or not other_state:
             return self._charge_several(counters, cost)
         now = self._clock()
         limit, other_limit = compiled.limit, other.limit
@@ -120,7 +122,8 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
             self.sweep(SWEEP_STEPS, now)
         if least < 0:
             return Decision(True, limit, 0, reset_after, 0, now, limits, overage=min(-least, cost or -least))
-        return Decision(allowed, limit, least, reset_after, retry_after, now, limits)
+        decision = Decision(allowed, limit, least, reset_after, retry_after, now, limits)
+        return decision if allowed or not self._open else self._until_next_end(decision, counters)
 
     def _charge_watched(self, watch: CrossingWatch, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
         """As `charge_all`, and report the thresholds that are crossed."""

@@ -12,7 +12,7 @@ from array import array
 from binascii import a2b_base64, b2a_base64
 from typing import Any, Final
 
-from tidegate.counters.holds import TO_STANDARD, TO_URL
+from tidegate.counters.handle_text import TO_STANDARD, TO_URL
 from tidegate.policy.limits import LimitSet
 
 FREE, OPEN, SETTLED, SETTLED_LATE, EXPIRED = range(5)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
-from typing import Final
+from typing import Any, Final
 
+from tidegate.algorithms import State
 from tidegate.algorithms.holds import give_back, undrained_of
 from tidegate.counters import Counters
 from tidegate.counters.adjustments import of_adjustment
@@ -24,7 +25,7 @@ from tidegate.counters.holds import (
     too_many,
 )
 from tidegate.counters.memory_hold_rows import EXPIRED, MAX_STALE, OPEN, ROW_BITS, SETTLED, SETTLED_LATE, HeldCounter, HoldRows
-from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
+from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, CompiledLimits
 from tidegate.counters.memory_units import NO_LEVELS, MemoryUnits
 from tidegate.decision import Decision
 from tidegate.errors import TooManyHolds
@@ -145,9 +146,13 @@ class MemoryHolds(MemoryUnits):
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None, now: int
     ) -> tuple[Decision, HoldHandle | None]:
         """Several counters, soft ones, and slots."""
-        keys = [self._prepare(limits).token + subject for limits, subject in counters]
-        if any((held := self._held.get(key)) is not None and held.open >= self.max_holds for key in keys):
-            raise too_many(self.max_holds)
+        keys = [(self._compiled.get(limits) or self._prepare(limits)).token + subject for limits, subject in counters]
+        for key in keys:
+            held = self._held.get(key)
+            if held is not None and held.open >= self.max_holds:
+                raise too_many(self.max_holds)
+        if all(limits.plain for limits, _ in counters):
+            return self._open_plain(counters, keys, cost, ttl_us, rule)
         slots = tuple(each for each in counters if each[0].algorithm in IN_PROGRESS)
         if slots and not cost:
             # A slot has to be free whatever the cost.
@@ -175,6 +180,26 @@ class MemoryHolds(MemoryUnits):
             )
         kept = tuple(self._hold_counter(self._held.get(key), *counter, key) for counter, key in zip(counters, keys, strict=True))
         return decision, self._add_hold(at_us, ttl_us, cost, kept, rule, 0, details)
+
+    def _open_plain(
+        self,
+        counters: Counters,
+        keys: Sequence[str],
+        cost: int,
+        ttl_us: int,
+        rule: str | None,
+    ) -> tuple[Decision, HoldHandle | None]:
+        """Several counters, none of them soft, of a quota or with slots."""
+        decision = self.charge_all(counters, cost)
+        if not decision.allowed:
+            return decision, None
+        details: list[dict[str, int] | None] = []
+        kept = []
+        for counter, key in zip(counters, keys, strict=True):
+            limits = counter[0]
+            details.append(self._levels(limits, key) if cost and limits.algorithm.is_bucket else _NO_BUCKET)
+            kept.append(self._hold_counter(self._held.get(key), *counter, key))
+        return decision, self._add_hold(decision.at_us, ttl_us, cost, tuple(kept), rule, 0, details)
 
     def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
@@ -210,10 +235,14 @@ class MemoryHolds(MemoryUnits):
         return self._settlement(row, cost, late=state == EXPIRED)
 
     def _settle_plain(self, row: int, cost: int, now: int) -> HoldSettlement | None:
-        """Settle an open hold in the common case: one counter with one limit, and no more used than reserved. None in others."""
+        """Settle an open hold in the common case: counters of one limit each, and no more used than reserved. None in others."""
         rows = self._rows
         counter, reserved = rows.counters[row], rows.cost[row]
-        if type(counter) is not HeldCounter or cost > reserved or counter.reset:
+        if cost > reserved:
+            return None
+        if type(counter) is not HeldCounter:
+            return self._settle_several(row, counter, cost, now)
+        if counter.reset:
             return None
         limits = counter.limits
         compiled = self._compiled.get(limits)
@@ -232,12 +261,38 @@ class MemoryHolds(MemoryUnits):
                 self._log_entries += compiled.entries(state) - len(before[1])
         counter.open -= 1
         self._open -= 1
-        known_until = max(rows.mark[row] >> ROW_BITS, now + SETTLED_KNOWN_US)
-        mark = rows.mark[row] = known_until << ROW_BITS | row
-        rows.state[row], rows.cost[row] = SETTLED, cost
-        heappush(self._forget, mark)
+        self._end(row, SETTLED, cost, max(rows.mark[row] >> ROW_BITS, now + SETTLED_KNOWN_US))
         _, remaining, reset_us, _ = compiled.decide(limit, state, now, 0)
         return HoldSettlement(cost, False, limit.capacity, remaining, reset_us)
+
+    def _settle_several(self, row: int, counters: tuple[HeldCounter, ...], cost: int, now: int) -> HoldSettlement | None:
+        """As `_settle_plain`, for several counters."""
+        rows = self._rows
+        found: list[tuple[CompiledLimits, dict[str, Any], int]] = []
+        for counter, levels in zip(counters, rows.details[row], strict=True):
+            compiled = self._compiled.get(counter.limits)
+            if compiled is None or compiled.only is None or not counter.limits.plain or compiled.other_layouts:
+                return None
+            shard = self._shards[hash(counter.key) & 255]
+            if not shard.get(counter.key) or counter.reset or levels is None:
+                return None
+            found.append((compiled, shard, levels[compiled.limit.window_name] if levels else 0))
+        unused, at_us = rows.cost[row] - cost, rows.at_us[row]
+        least: HoldSettlement | None = None
+        for counter, (compiled, shard, level) in zip(counters, found, strict=True):
+            before: State = shard[counter.key]
+            limit, state = compiled.limit, before
+            if unused:
+                state = shard[counter.key] = give_back(counter.limits.algorithm, limit, before, now, unused, at_us, level)
+                if compiled.logs:
+                    self._log_entries += compiled.entries(state) - compiled.entries(before)
+            counter.open -= 1
+            _, remaining, reset_us, _ = compiled.decide(limit, state, now, 0)
+            if least is None or remaining < (least.remaining or 0):
+                least = HoldSettlement(cost, False, limit.capacity, remaining, reset_us)
+        self._open -= 1
+        self._end(row, SETTLED, cost, max(rows.mark[row] >> ROW_BITS, now + SETTLED_KNOWN_US))
+        return least
 
     def _settle_open(self, row: int, cost: int, success: bool, now: int) -> None:
         reserved = self._rows.cost[row]

@@ -68,8 +68,8 @@ class MemoryUnits(MemoryStorage):
         """Return units to a counter, also where its states are those of a rule that has other windows now.
 
         Args:
-            levels: of the windows of a bucket just after the charge; `NO_LEVELS` for
-            level: that of the only window.
+            levels: of the windows of a bucket just after the charge; `NO_LEVELS` where it has one, and
+            level: the level of that.
             at_us: when the units were charged.
         """
         if limits.algorithm in IN_PROGRESS:
