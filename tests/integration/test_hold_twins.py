@@ -100,15 +100,17 @@ def agree(lua: tuple[Any, ...], memory: tuple[Any, ...], was_reset: bool) -> boo
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "limits_of_first"),
     [
-        *zip(Algorithm, [*Algorithm][1:] + [*Algorithm][:1], strict=True),
-        (Algorithm.SLIDING_LOG, None),
-        (Algorithm.FIXED_WINDOW, ConcurrencyAlgorithm.CONCURRENT),
+        *zip(Algorithm, [*Algorithm][1:] + [*Algorithm][:1], (2, 2, 1, 2, 1), strict=True),
+        (Algorithm.SLIDING_LOG, None, 2),
+        (Algorithm.TOKEN_BUCKET, Algorithm.FIXED_WINDOW, 1),
+        (Algorithm.SLIDING_WINDOW, None, 1),
+        (Algorithm.FIXED_WINDOW, ConcurrencyAlgorithm.CONCURRENT, 2),
     ],
 )
-def test_twins(redis_server: RedisServer, first: Algorithm, second: AnyAlgorithm | None) -> None:
-    sets = [limit_set(first, TEXTS[first.is_bucket][:2], "set2")]
+def test_twins(redis_server: RedisServer, first: Algorithm, second: AnyAlgorithm | None, limits_of_first: int) -> None:
+    sets = [limit_set(first, TEXTS[first.is_bucket][:limits_of_first], "set2")]
     if isinstance(second, Algorithm):
         sets.append(limit_set(second, TEXTS[second.is_bucket][:1], "set1"))
     elif second is not None:
