@@ -1,6 +1,8 @@
 """What holds cost beside checks, what an open hold takes in memory, and how much of a token budget they leave usable.
 
-    python -m bench.holds [--smoke]
+    python -m bench.holds [--smoke | --short]
+
+`--short` makes 3 rounds of 2,000 calls and opens 20,000 holds, in place of 5, 10,000 and 100,000.
 
 *Cost*: one hold with its settlement (`Limiter.hold`) beside one `Limiter.check`, in memory and on Redis, 64 in flight over 10,000
 subjects. CPU of the client is its process's own. CPU of Redis is that of its process, reading and answering included: times in
@@ -15,6 +17,7 @@ memory with a clock of the bench's own.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import heapq
 import json
@@ -29,7 +32,7 @@ from typing import Final, NamedTuple
 import uvloop
 
 from bench.http import cpu_of_threads_s, ours
-from bench.measure import Goal, asked_for_smoke, report
+from bench.measure import Goal, report
 from bench.redis_calls import IN_FLIGHT, limiter
 from bench.redis_peers import SUBJECTS
 from bench.redis_server import BenchRedis, info, redis_cpu_us, redis_server
@@ -270,8 +273,12 @@ def usable(limit: str, algorithm: Algorithm, budget: int, period_us: int, *, hel
 
 
 def main() -> None:
-    smoke = asked_for_smoke(__doc__)
-    rounds, calls, open_holds = (1, 500, 10_000) if smoke else (5, 10_000, 100_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="only find out whether it runs")
+    parser.add_argument("--short", action="store_true", help="fewer rounds and calls")
+    asked = parser.parse_args()
+    smoke = asked.smoke
+    rounds, calls, open_holds = (1, 500, 10_000) if smoke else (3, 2_000, 20_000) if asked.short else (5, 10_000, 100_000)
     day_us, hour_us = 86_400_000_000, 3_600_000_000
     figures: list[tuple[str, float, Goal | None]] = []
     with redis_server() as server:
@@ -308,6 +315,9 @@ def main() -> None:
             figures.append((f"bytes of an open hold in Redis, {each} a counter", redis_bytes(server, subjects, each), most))
         bucket = redis_bytes(server, open_holds // 1_000, 1_000, Algorithm.TOKEN_BUCKET)
         figures.append(("bytes of an open hold in Redis, 1000 a counter, token bucket", bucket, most))
+        server.client.config_set("zset-max-listpack-entries", 1_024)
+        compact = redis_bytes(server, open_holds // 1_000, 1_000)
+        figures.append(("the same with zset-max-listpack-entries 1024", compact, most))
     for each in (100, 1_000, 1_100, 10_000):
         figures.append((f"bytes of an open hold in memory, {each} of a counter", process_bytes(each), most))
     minutes = 5 if smoke else 24 * 60
