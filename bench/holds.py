@@ -1,22 +1,29 @@
 """What holds cost beside checks, what an open hold takes in memory, and how much of a token budget they leave usable.
 
-    python -m bench.holds [--smoke]
+    python -m bench.holds [--smoke | --short]
+
+`--short` makes 3 rounds of 2,000 calls and opens 20,000 holds, in place of 5, 10,000 and 100,000.
 
 *Cost*: one hold with its settlement (`Limiter.hold`) beside one `Limiter.check`, in memory and on Redis, 64 in flight over 10,000
 subjects. CPU of the client is its process's own. CPU of Redis is that of its process, reading and answering included: times in
 INFO commandstats are of the clock, and so of whatever else the machine does. Rounds are interleaved; medians of the ratios round
-by round are printed. *Memory*: the growth of `used_memory` over the number of open holds; in process,
-what tracemalloc counts. *Replay*: requests of language models, drawn with a fixed seed: tokens log-normal around 600, answers of
-50 tokens a second, estimates 4 times too high, 1.5 times as much demand as budget. The same log is replayed with holds, and with
-checks that charge the estimate, on counters in memory with a clock of the bench's own.
+by round are printed. *HTTP*: `POST /v1/holds` and `POST /v1/holds/{id}/settle` beside `POST /v1/check` of the same key and path,
+two counters each, 16 connections; CPU of the server. *Memory*: the growth of `used_memory` over the number of open holds, 64
+opened at once, so that the buffers of the client stay small; in process, what tracemalloc counts. *Replay*: requests of language
+models, drawn with a fixed seed: tokens log-normal around 600, answers of 50 tokens a second, estimates 4 times too high, 1.5
+times as much demand as budget. The same log is replayed with holds, and with checks that charge the estimate, on counters in
+memory with a clock of the bench's own.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import heapq
+import json
 import random
 import statistics
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable
@@ -24,7 +31,8 @@ from typing import Final, NamedTuple
 
 import uvloop
 
-from bench.measure import Goal, asked_for_smoke, report
+from bench.http import cpu_of_threads_s, ours
+from bench.measure import Goal, report
 from bench.redis_calls import IN_FLIGHT, limiter
 from bench.redis_peers import SUBJECTS
 from bench.redis_server import BenchRedis, info, redis_cpu_us, redis_server
@@ -40,6 +48,8 @@ TTL_US: Final = 3_600_000_000
 # A leaky bucket is a token bucket that admits one unit at once.
 ALGORITHMS: Final = (Algorithm.FIXED_WINDOW, Algorithm.SLIDING_WINDOW, Algorithm.SLIDING_LOG, Algorithm.TOKEN_BUCKET)
 STREAM_START_US, STREAM_TOKEN_US = 500_000, 20_000
+CONNECTIONS: Final = 16
+CHECK: Final[dict[str, object]] = {"api_key": "demo-free-key-0001", "method": "GET", "path": "/api/v1/items", "ip": "203.0.113.7"}
 
 
 class Cost(NamedTuple):
@@ -115,6 +125,67 @@ def on_redis(server: BenchRedis, algorithm: str, calls: int) -> tuple[Cost, Cost
     return uvloop.run(measure())
 
 
+class HttpConnection:
+    """A connection to a server, on which one request follows the other."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def post(self, path: str, body: dict[str, object]) -> dict[str, object]:
+        """Send a request; gives the body of its answer, which must be 200."""
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        self._writer.write(head.encode() + content)
+        lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length"))
+        answer: dict[str, object] = json.loads(await self._reader.readexactly(length))
+        if b" 200" not in lines[0]:
+            raise RuntimeError(f"{path} was answered with {lines[0]!r}: {answer}")
+        return answer
+
+    async def check(self) -> None:
+        """One check."""
+        await self.post("/v1/check", CHECK)
+
+    async def hold_and_settle(self) -> None:
+        """One hold, and its settlement."""
+        opened = await self.post("/v1/holds", {**CHECK, "cost": 4})
+        await self.post(f"/v1/holds/{opened['hold']}/settle", {"cost": 1})
+
+    def close(self) -> None:
+        """Close it."""
+        self._writer.close()
+
+
+def at_http(pid: int, port: int, calls: int) -> Cost:
+    """CPU of a server's process."""
+
+    async def measure() -> Cost:
+        connections = [HttpConnection(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(CONNECTIONS)]
+
+        async def cpu_us(work: Callable[[HttpConnection], Awaitable[None]]) -> float:
+            numbers = iter(range(calls))
+
+            async def take_turns(connection: HttpConnection) -> None:
+                for _ in numbers:
+                    await work(connection)
+
+            started_s = cpu_of_threads_s(pid)
+            await asyncio.gather(*map(take_turns, connections))
+            return (cpu_of_threads_s(pid) - started_s) / calls * 1e6
+
+        for work in (HttpConnection.check, HttpConnection.hold_and_settle):
+            # The first requests of a connection are slower.
+            await asyncio.gather(*map(work, connections))
+        cost = Cost(await cpu_us(HttpConnection.check), await cpu_us(HttpConnection.hold_and_settle))
+        for each in connections:
+            each.close()
+        return cost
+
+    return uvloop.run(measure())
+
+
 def redis_bytes(server: BenchRedis, subjects: int, each: int, algorithm: Algorithm = Algorithm.SLIDING_WINDOW) -> float:
     """Growth of `used_memory` per open hold: counters of `subjects` that exist already, with `each` holds each."""
     limits = LimitSet("bench:holds", algorithm, [Limit.parse("1000000/day")])
@@ -128,9 +199,11 @@ def redis_bytes(server: BenchRedis, subjects: int, each: int, algorithm: Algorit
                 raise RuntimeError("a hold was denied")
         before = int(info(server, "memory")["used_memory"])
         for number in range(subjects):
-            opened = (store.open_hold(((limits, f"user-{number:07}"),), 4, TTL_US) for _ in range(each))
-            if any(hold is None for _, hold in await asyncio.gather(*opened)):
-                raise RuntimeError("a hold was denied")
+            for done in range(0, each, IN_FLIGHT):
+                count = min(IN_FLIGHT, each - done)
+                opened = (store.open_hold(((limits, f"user-{number:07}"),), 4, TTL_US) for _ in range(count))
+                if any(hold is None for _, hold in await asyncio.gather(*opened)):
+                    raise RuntimeError("a hold was denied")
         grown = int(info(server, "memory")["used_memory"]) - before
         await store.close()
         return grown / (subjects * each)
@@ -203,8 +276,12 @@ def usable(limit: str, algorithm: Algorithm, budget: int, period_us: int, *, hel
 
 
 def main() -> None:
-    smoke = asked_for_smoke(__doc__)
-    rounds, calls, open_holds = (1, 500, 1_000) if smoke else (5, 10_000, 100_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="only find out whether it runs")
+    parser.add_argument("--short", action="store_true", help="fewer rounds and calls")
+    asked = parser.parse_args()
+    smoke = asked.smoke
+    rounds, calls, open_holds = (1, 500, 10_000) if smoke else (3, 2_000, 20_000) if asked.short else (5, 10_000, 100_000)
     day_us, hour_us = 86_400_000_000, 3_600_000_000
     figures: list[tuple[str, float, Goal | None]] = []
     with redis_server() as server:
@@ -221,14 +298,31 @@ def main() -> None:
                 figures.append((f"{name}: hold + settle, µs CPU", statistics.median(each.hold_us for each in costs), None))
                 ratio = statistics.median(each.hold_us / each.check_us for each in costs)
                 figures.append((f"{name}: ratio to a check", ratio, Goal(at_most=2.5)))
-        most = Goal(at_most=120)
-        for each in (10, 100, 1_000):
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            tempfile.TemporaryDirectory() as other,
+            ours(directory) as (pid, port),
+            ours(other, TIDEGATE_COUNTERS__URL=server.url) as (redis_pid, redis_port),
+        ):
+            at_memory = [at_http(pid, port, calls // 2) for _ in range(rounds)]
+            at_redis = [at_http(redis_pid, redis_port, calls // 2) for _ in range(rounds)]
+        for side, costs in (("in memory", at_memory), ("on Redis", at_redis)):
             figures.append(
-                (f"bytes of an open hold in Redis, {each} a counter", redis_bytes(server, open_holds // each, each), most)
+                (f"HTTP, counters {side}: hold + settle, µs CPU", statistics.median(each.hold_us for each in costs), None)
             )
+            ratio = statistics.median(each.hold_us / each.check_us for each in costs)
+            figures.append((f"HTTP, counters {side}: ratio to a check", ratio, Goal(at_most=2.5)))
+        most = Goal(at_most=120)
+        for each in (10, 100, 1_000, 1_100, 10_000):
+            subjects = max(open_holds // each, 1)
+            figures.append((f"bytes of an open hold in Redis, {each} a counter", redis_bytes(server, subjects, each), most))
         bucket = redis_bytes(server, open_holds // 1_000, 1_000, Algorithm.TOKEN_BUCKET)
         figures.append(("bytes of an open hold in Redis, 1000 a counter, token bucket", bucket, most))
-    figures.append(("bytes of an open hold of a counter in memory", process_bytes(calls), most))
+        server.client.config_set("zset-max-listpack-entries", 1_024)
+        compact = redis_bytes(server, open_holds // 1_000, 1_000)
+        figures.append(("the same with zset-max-listpack-entries 1024", compact, most))
+    for each in (100, 1_000, 1_100, 10_000):
+        figures.append((f"bytes of an open hold in memory, {each} of a counter", process_bytes(each), most))
     minutes = 5 if smoke else 24 * 60
     replays = (
         ("10,000,000 a day, fixed_window", "10000000/day", Algorithm.FIXED_WINDOW, 10_000_000, day_us),

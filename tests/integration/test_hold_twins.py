@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import hiredis
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -56,8 +57,12 @@ class LuaHolds:
     """Holds and checks by the scripts, at the moment of a test's clock."""
 
     def __init__(self, server: RedisServer, clock: Clock) -> None:
-        async def run(_: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
-            return asked(server, with_clock(work), list(keys), *arguments, clock.now_us)  # type: ignore[arg-type]
+        async def run(_: bytes, work: Script, command: bytes) -> Any:
+            reader = hiredis.Reader()
+            reader.feed(command)
+            _, _, count, *parts = reader.gets()
+            keys, arguments = parts[: int(count)], parts[int(count) :]
+            return asked(server, with_clock(work), keys, *arguments, clock.now_us)
 
         def template(counters: tuple[tuple[LimitSet, str], ...]) -> CommandTemplate:
             return CommandTemplate(tuple(limits for limits, _ in counters))
@@ -95,15 +100,17 @@ def agree(lua: tuple[Any, ...], memory: tuple[Any, ...], was_reset: bool) -> boo
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "limits_of_first"),
     [
-        *zip(Algorithm, [*Algorithm][1:] + [*Algorithm][:1], strict=True),
-        (Algorithm.SLIDING_LOG, None),
-        (Algorithm.FIXED_WINDOW, ConcurrencyAlgorithm.CONCURRENT),
+        *zip(Algorithm, [*Algorithm][1:] + [*Algorithm][:1], (2, 2, 1, 2, 1), strict=True),
+        (Algorithm.SLIDING_LOG, None, 2),
+        (Algorithm.TOKEN_BUCKET, Algorithm.FIXED_WINDOW, 1),
+        (Algorithm.SLIDING_WINDOW, None, 1),
+        (Algorithm.FIXED_WINDOW, ConcurrencyAlgorithm.CONCURRENT, 2),
     ],
 )
-def test_twins(redis_server: RedisServer, first: Algorithm, second: AnyAlgorithm | None) -> None:
-    sets = [limit_set(first, TEXTS[first.is_bucket][:2], "set2")]
+def test_twins(redis_server: RedisServer, first: Algorithm, second: AnyAlgorithm | None, limits_of_first: int) -> None:
+    sets = [limit_set(first, TEXTS[first.is_bucket][:limits_of_first], "set2")]
     if isinstance(second, Algorithm):
         sets.append(limit_set(second, TEXTS[second.is_bucket][:1], "set1"))
     elif second is not None:

@@ -20,7 +20,7 @@ from tidegate.counters.factory import open_blocking, open_counters
 from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.hold_ends import HoldEnds
-from tidegate.decision import Check
+from tidegate.decision import Check, Decision
 from tidegate.doors.asgi import RateLimitMiddleware
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.doors.http import DataPlane
@@ -154,6 +154,72 @@ def test_a_reset_is_not_given_back_to(clock: Clock, store: MemoryCounters) -> No
     assert store.charge_all(counters, 50).remaining == 50
     assert hold is not None
     assert store.settle_hold_now(hold, 0).remaining == 50
+
+
+class GeneralHolds(MemoryCounters):
+    """Without the short paths of common cases."""
+
+    def _settle_plain(self, row: int, cost: int, now: int) -> None:
+        return None
+
+    def charge_all(self, counters: tuple[tuple[LimitSet, str], ...], cost: int) -> Decision:
+        return self._charge_several(counters, cost)
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_the_short_paths_of_common_cases_do_what_the_long_ones_do(algorithm: Algorithm) -> None:
+    other = LimitSet("tier", Algorithm.TOKEN_BUCKET, [Limit.parse("40/second")])
+    steps = st.lists(
+        st.tuples(
+            st.sampled_from(["open", "open", "settle", "settle", "charge", "renew", "reset"]),
+            st.one_of(st.integers(0, 40_000), st.integers(0, 3_000_000)),
+            st.integers(0, 50),
+            st.integers(0, 5),
+        ),
+        max_size=30,
+    )
+
+    @settings(max_examples=100)
+    @given(steps, st.booleans())
+    def compare(taken: list[tuple[str, int, int, int]], both: bool) -> None:
+        clock = Clock(1_700_000_000_000_000)
+        stores = (MemoryCounters(clock=clock), GeneralHolds(clock=clock))
+        counters: tuple[tuple[LimitSet, str], ...] = ((limits_of(algorithm, "90/second"), "s"),)
+        if both:
+            counters += ((other, "s"),)
+        known: list[tuple[HoldHandle | None, ...]] = []
+        for what, advance_us, cost, which in taken:
+            clock.now_us += advance_us
+            if what == "open":
+                opened = [each.open_hold_now(counters, cost, 2_000_000) for each in stores]
+                assert opened[0][0] == opened[1][0]
+                if opened[0][0].allowed:
+                    known.append(tuple(handle for _, handle in opened))
+            elif what == "charge":
+                assert stores[0].charge_all(counters, cost) == stores[1].charge_all(counters, cost)
+            elif what == "reset":
+                for each in stores:
+                    each._reset(counters)
+            elif known:
+                handles = known[which % len(known)]
+                assert handles[0] is not None
+                assert handles[1] is not None
+                if what == "settle":
+                    settled = [each.settle_hold_now(handle, cost) for each, handle in zip(stores, handles, strict=True) if handle]
+                    assert settled[0] == settled[1]
+                else:
+                    ended = []
+                    for each, handle in zip(stores, handles, strict=True):
+                        try:
+                            each.renew_hold_now(handle, 3_000_000)
+                            ended.append(False)
+                        except HoldEnded:
+                            ended.append(True)
+                    assert ended[0] == ended[1]
+        assert stores[0].open_holds == stores[1].open_holds
+        assert stores[0]._log_entries == stores[1]._log_entries
+
+    compare()
 
 
 def test_bounds(store: MemoryCounters, clock: Clock) -> None:

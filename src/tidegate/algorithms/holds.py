@@ -30,6 +30,11 @@ REFUND_ENTRIES: Final = 1000
 """Latest entries of a log that a refund reads at most; the same number is in the Lua."""
 
 
+# Members of an enumeration are found slowly.
+_FIXED: Final = Algorithm.FIXED_WINDOW
+_SLIDING: Final = Algorithm.SLIDING_WINDOW
+
+
 def undrained_of(algorithm: AnyAlgorithm, state: State) -> int:
     """What `give_back` has to know of a state just after a hold was charged to it.
 
@@ -42,7 +47,7 @@ def undrained_of(algorithm: AnyAlgorithm, state: State) -> int:
     if state is None or not algorithm.is_bucket:
         return 0
     level, scale, _, at = state[:4]
-    return int(level // scale) - _leased(state, at)
+    return int(level // scale) - (_leased(state, at) if len(state) > 4 else 0)
 
 
 def give_back(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, units: int, at_us: int, undrained: int) -> State:
@@ -60,6 +65,10 @@ def give_back(algorithm: AnyAlgorithm, limit: Limit, state: State, now: int, uni
     """
     if state is None:
         return None
+    if (algorithm is _SLIDING or algorithm is _FIXED) and not limit.is_calendar and state[0] == at_us - at_us % limit.window_us:
+        # Most often: the window is still the one that they were charged in.
+        used = state[1] - units if state[1] > units else 0
+        return (state[0], used) if algorithm is _FIXED else (state[0], used, state[2])
     if algorithm is Algorithm.SLIDING_LOG:
         return _give_back_to_log(state, units, at_us)
     if algorithm.is_bucket:
@@ -125,6 +134,9 @@ def _give_back_to_bucket(state: tuple[int, ...], now: int, units: int, at_us: in
     returned = min(units * scale, undrained * scale - (now - at_us) * rate)
     if returned <= 0:
         return state
+    if len(state) == 4:
+        # Nothing is leased. What has not drained is in the level, so that is not below 0.
+        return max(state[0] - (now - at) * rate - returned, 0), scale, rate, now
     level = level_at(state, now, scale, rate)
     # Leased units stay: an instance may use them.
     level = max(level - returned, min(level, _leased(state, now) * scale))

@@ -71,7 +71,7 @@ class GuardedCounters(DegradedDecisions):
         """Charges that were sent to the store."""
         self._refunds = 0
         self._holds = GuardedHolds(
-            store, self._decides, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
+            store, self._decide_before_store, self._hold_failed, self._hold_answered, self._clear_remembered
         )
         self._background: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,11 +186,25 @@ class GuardedCounters(DegradedDecisions):
         loop = self._loop
         if loop is None or not loop.is_running() or get_ident() != self._thread:
             await self.start()
-        return await self._holds.open(counters, cost, ttl_us, rule)
+        if self.breakers or self._local.owed or self._debts.on_the_way:
+            return await self._holds.open(counters, cost, ttl_us, rule)
+        # The hot path.
+        started_ns = time.monotonic_ns()
+        try:
+            return await self.store.holds.open(counters, cost, ttl_us, rule, self.store.sharded)
+        except StoreUnavailable as error:
+            return self._holds.open_failed(Charge(counters, cost), error, rule, started_ns // 1000)
 
     async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
-        return await self._holds.settle(handle, cost, success)
+        loop = self._loop
+        if loop is None or not loop.is_running() or get_ident() != self._thread:
+            settled = await self.store.settle_hold(handle, cost, success)
+        else:
+            settled = await self.store.settle_started(handle, cost, success)
+        if settled.cost < handle.cost:
+            self._clear_remembered()
+        return settled
 
     async def count_holds(self, counters: Counters) -> Sequence[int]:
         """See `HoldCountingStore.count_holds`."""
@@ -205,10 +219,6 @@ class GuardedCounters(DegradedDecisions):
         if self._loop is not asyncio.get_running_loop():
             await self.start()
         return await self._holds.adjust(counters, units)
-
-    def _decides(self) -> bool:
-        """Whether the store decides every charge: no breaker is open, and no usage is still to be added to it."""
-        return not (self.breakers or self._local.owed or self._debts.on_the_way)
 
     async def _decide_before_store(self, charge: Charge, started_us: int) -> ChargeOutcome | None:
         """What decides a hold instead of the store, while its breaker is open or usage is still to be added to it."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tidegate.counters import Charge, ChargeOutcome, Counters
-from tidegate.counters.holds import HoldHandle, HoldSettlement, new_id
+from tidegate.counters.holds import HoldHandle, new_id
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 
@@ -31,10 +31,6 @@ class HoldsInRedis(Protocol):
         """See `HoldingCounterStore`."""
         ...
 
-    async def settle_hold(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
-        """See `HoldingCounterStore`."""
-        ...
-
     async def adjust(self, counters: Counters, units: int) -> Decision:
         """See `AdjustingCounterStore`."""
         ...
@@ -44,7 +40,6 @@ class GuardedHolds(msgspec.Struct, frozen=True):
     """Opens and settles the holds of a guarded store.
 
     Args:
-        healthy: whether the store decides every charge at present.
         admit: says before a charge what decides it instead of the store; None where the store decides.
         failed: what decides a charge that the store did not answer in time.
         succeeded: called when the store has answered.
@@ -52,28 +47,34 @@ class GuardedHolds(msgspec.Struct, frozen=True):
     """
 
     store: HoldsInRedis
-    healthy: Callable[[], bool]
     admit: Callable[[Charge, int], Coroutine[Any, Any, ChargeOutcome | None]]
     failed: Callable[[Charge, StoreUnavailable, int], ChargeOutcome]
     succeeded: Callable[[Charge], None]
     gave_back: Callable[[], None]
 
     async def open(self, counters: Counters, cost: int, ttl_us: int, rule: str | None) -> tuple[Decision, HoldHandle | None]:
-        """See `HoldingCounterStore.open_hold`."""
+        """See `HoldingCounterStore.open_hold`: while a breaker is open, or usage is still to be added to the store."""
         charge = Charge(counters, cost)
         started_us = time.monotonic_ns() // 1000
-        outcome = None if self.healthy() else await self.admit(charge, started_us)
+        outcome = await self.admit(charge, started_us)
         if outcome is None:
             try:
                 opened = await self.store.open_hold(counters, cost, ttl_us, rule)
             except StoreUnavailable as error:
-                outcome = self.failed(charge, error, started_us)
-            else:
-                self.succeeded(charge)
-                return opened
-        if isinstance(outcome, StoreUnavailable):
-            raise outcome
-        return outcome, HoldHandle(new_id(), cost, rule, counted=False) if outcome.allowed else None
+                return self.open_failed(charge, error, rule, started_us)
+            self.succeeded(charge)
+            return opened
+        return _without_store(outcome, charge, rule)
+
+    def open_failed(
+        self, charge: Charge, error: StoreUnavailable, rule: str | None, started_us: int
+    ) -> tuple[Decision, HoldHandle | None]:
+        """What becomes of a hold that the store did not open in time.
+
+        Raises:
+            StoreUnavailable: where the rule denies while the store is unavailable.
+        """
+        return _without_store(self.failed(charge, error, started_us), charge, rule)
 
     async def adjust(self, counters: Counters, units: int) -> Decision:
         """See `AdjustingCounterStore.adjust`."""
@@ -94,9 +95,8 @@ class GuardedHolds(msgspec.Struct, frozen=True):
             raise outcome
         return outcome
 
-    async def settle(self, handle: HoldHandle, cost: int, success: bool) -> HoldSettlement:
-        """See `HoldingCounterStore.settle_hold`."""
-        settled = await self.store.settle_hold(handle, cost, success)
-        if settled.cost < handle.cost:
-            self.gave_back()
-        return settled
+
+def _without_store(outcome: ChargeOutcome, charge: Charge, rule: str | None) -> tuple[Decision, HoldHandle | None]:
+    if isinstance(outcome, StoreUnavailable):
+        raise outcome
+    return outcome, HoldHandle(new_id(), charge.cost, rule, counted=False) if outcome.allowed else None

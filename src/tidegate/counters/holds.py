@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 import msgspec
 
 from tidegate.counters import Counters
-from tidegate.counters.handle_text import ID, handle_of, is_counter, text_of
+from tidegate.counters.handle_text import ID, TO_STANDARD, handle_of, is_counter, text_of
 from tidegate.decision import Decision
 from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds, clip
 from tidegate.policy.limits import MAX_AMOUNT
@@ -131,7 +131,6 @@ class HoldHandle(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 _DRAWN: Final[list[str]] = []
 _DRAWN_AT_ONCE: Final = 64
-_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
 # A process that is forked must not give out the same ids.
 os.register_at_fork(after_in_child=_DRAWN.clear)
 _DECODER: Final = msgspec.msgpack.Decoder(HoldHandle)
@@ -139,20 +138,22 @@ _DECODER: Final = msgspec.msgpack.Decoder(HoldHandle)
 
 def _is_plausible(handle: HoldHandle) -> bool:
     """Whether a handle could have been made here: what it names is looked up in the store."""
-    counters = [each for part in handle.parts for each in part]
+    for part in handle.parts:
+        if not part or not all(map(is_counter, part)):
+            return False
     return (
         ID.fullmatch(handle.id) is not None
         and 0 <= handle.cost <= MAX_AMOUNT
         and len(handle.rule or "") <= MAX_NAME
         and (handle.account is None or _is_plausible_account(handle.account))
-        and all(handle.parts)
-        and all(map(is_counter, counters))
     )
 
 
 def _is_plausible_account(account: HoldAccount) -> bool:
-    texts = (account.tier, account.subject, account.key_id, account.customer)
-    return 0 <= account.overage <= MAX_AMOUNT and all(len(each) <= MAX_NAME and each.isprintable() for each in texts)
+    for text in (account.tier, account.subject, account.key_id, account.customer):
+        if len(text) > MAX_NAME or not text.isprintable():
+            return False
+    return 0 <= account.overage <= MAX_AMOUNT
 
 
 def new_id() -> str:
@@ -169,7 +170,7 @@ def new_id() -> str:
 
 def raw_id(text: str) -> bytes:
     """The 12 bytes of an id."""
-    return binascii.a2b_base64(text.encode().translate(_TO_STANDARD))
+    return binascii.a2b_base64(text.encode().translate(TO_STANDARD))
 
 
 class HoldSettlement(msgspec.Struct, frozen=True, gc=False):

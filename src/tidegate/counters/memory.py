@@ -36,8 +36,6 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
     """
 
     immediate = True
-    watch: CrossingWatch | None = None
-    """Finds thresholds that charges cross; None for none."""
 
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `CounterStore.charge`; never raises `StoreUnavailable`."""
@@ -105,7 +103,7 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
                     return self._charge_several(counters, cost)
         _, decide, limit, shard, key, decide_other, other_limit, other_shard, other_key = pair
         state, other_state = shard.get(key), other_shard.get(other_key)
-        if not state or not other_state or self._open:
+        if not state or not other_state or (self._open and self._clock() >= self._next_hold_end):
             return self._charge_several(counters, cost)
         now = self._clock()
         limits = counters[0][0]
@@ -131,7 +129,8 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
             self.sweep(SWEEP_STEPS, now)
         if least < 0:
             return Decision(True, limit, 0, reset_after, 0, now, limits, overage=min(-least, cost or -least))
-        return Decision(allowed, limit, least, reset_after, retry_after, now, limits)
+        decision = Decision(allowed, limit, least, reset_after, retry_after, now, limits)
+        return decision if allowed or not self._open else self._until_next_end(decision, counters)
 
     def _resolve(self, counters: tuple[tuple[LimitSet, str], ...]) -> ResolvedPair | None:
         """Where two counters of one limit each are; None for others.

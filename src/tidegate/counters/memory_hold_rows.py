@@ -6,13 +6,13 @@ hold expires, or, once it has ended, when it is forgotten. The id of a hold is i
 
 from __future__ import annotations
 
-import base64
 import heapq
 import os
 from array import array
+from binascii import a2b_base64, b2a_base64
 from typing import Any, Final
 
-from tidegate.counters.holds import raw_id
+from tidegate.counters.handle_text import TO_STANDARD, TO_URL
 from tidegate.policy.limits import LimitSet
 
 FREE, OPEN, SETTLED, SETTLED_LATE, EXPIRED = range(5)
@@ -20,7 +20,7 @@ ROW_BITS: Final = 32
 _ROW: Final = (1 << ROW_BITS) - 1
 _SECRET: Final = (1 << 64) - 1
 _DRAWN_AT_ONCE: Final = 512
-_MAX_STALE: Final = 64
+MAX_STALE: Final = 64
 """Entries of ended holds that a heap may have beside as many as there are open ones."""
 
 
@@ -68,22 +68,20 @@ class HoldRows:
         self._secret = array("Q")
         self._free: list[int] = []
 
-    def add(self, at_us: int, ends_us: int, cost: int, counters: tuple[HeldCounter, ...], level: int) -> int:
+    def add(self, at_us: int, ends_us: int, cost: int, counters: HeldCounter | tuple[HeldCounter, ...], level: int) -> int:
         """Add an open hold.
 
         Args:
             at_us: when it was opened.
             ends_us: when it expires.
             cost: units reserved.
-            counters: one or more.
+            counters: one, or a tuple of several: a tuple of one would be more than half of a row.
             level: see the class.
 
         Returns:
             Its row.
         """
-        secret = _draw()
-        # A tuple of one would be more than half of a row.
-        kept = counters[0] if len(counters) == 1 else counters
+        secret = _DRAWN.pop() if _DRAWN else _draw()
         if self._free:
             row = self._free.pop()
             self._secret[row] = secret
@@ -92,7 +90,7 @@ class HoldRows:
             self.cost[row] = cost
             self.level[row] = level
             self.mark[row] = ends_us << ROW_BITS | row
-            self.counters[row] = kept
+            self.counters[row] = counters
             return row
         row = len(self.mark)
         self._secret.append(secret)
@@ -101,7 +99,7 @@ class HoldRows:
         self.cost.append(cost)
         self.level.append(level)
         self.mark.append(ends_us << ROW_BITS | row)
-        self.counters.append(kept)
+        self.counters.append(counters)
         return row
 
     def free(self, row: int) -> None:
@@ -114,11 +112,11 @@ class HoldRows:
     def id_of(self, row: int) -> str:
         """The id of a hold: 16 characters."""
         raw = (row << 64 | self._secret[row]).to_bytes(12, "big")
-        return base64.urlsafe_b64encode(raw).decode()
+        return b2a_base64(raw, newline=False).translate(TO_URL).decode()
 
     def find(self, hold: str) -> int | None:
         """The row of an id; None for one that is not known."""
-        number = int.from_bytes(raw_id(hold), "big")
+        number = int.from_bytes(a2b_base64(hold.encode().translate(TO_STANDARD)), "big")
         row = number >> 64
         if row < len(self.mark) and self.state[row] and self._secret[row] == number & _SECRET:
             return row
@@ -157,9 +155,13 @@ class HoldRows:
             live: how many of its rows are open.
         """
         heapq.heappush(heap, mark)
-        if len(heap) > 2 * live + _MAX_STALE:
-            heap[:] = {each for each in heap if self.live_row(each) is not None}
-            heapq.heapify(heap)
+        if len(heap) > 2 * live + MAX_STALE:
+            self.drop_stale(heap)
+
+    def drop_stale(self, heap: list[int]) -> None:
+        """Drop the marks of ended holds."""
+        heap[:] = {each for each in heap if self.live_row(each) is not None}
+        heapq.heapify(heap)
 
 
 def _draw() -> int:

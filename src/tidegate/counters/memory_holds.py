@@ -5,18 +5,18 @@ A hold costs about 110 bytes while it is open, and 90 for two minutes after it w
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from heapq import heappop, heappush
+from typing import Any, Final
 
-from tidegate.algorithms import State, failures
-from tidegate.algorithms.holds import charge, give_back, refund, undrained_of
+from tidegate.algorithms import State
+from tidegate.algorithms.holds import give_back, undrained_of
 from tidegate.counters import Counters
 from tidegate.counters.adjustments import of_adjustment
+from tidegate.counters.crossings import CrossingWatch
 from tidegate.counters.holds import (
     EXPIRED_KNOWN_US,
     MAX_HOLDS,
-    MAX_TTL_S,
     SETTLED_KNOWN_US,
     HoldHandle,
     HoldSettlement,
@@ -24,23 +24,21 @@ from tidegate.counters.holds import (
     not_found,
     too_many,
 )
-from tidegate.counters.memory_hold_rows import EXPIRED, OPEN, ROW_BITS, SETTLED, SETTLED_LATE, HeldCounter, HoldRows
-from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, CompiledLimits, MemoryStorage
+from tidegate.counters.memory_hold_rows import EXPIRED, MAX_STALE, OPEN, ROW_BITS, SETTLED, SETTLED_LATE, HeldCounter, HoldRows
+from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS, CompiledLimits
+from tidegate.counters.memory_units import NO_LEVELS, MemoryUnits
 from tidegate.decision import Decision
 from tidegate.errors import TooManyHolds
-from tidegate.policy.limits import IN_PROGRESS, ConcurrencyAlgorithm, LimitSet
-from tidegate.timestamps import US_PER_S
+from tidegate.policy.limits import IN_PROGRESS, LimitSet
 
 _EXPIRE_STEPS: Final = 1000
 """Holds that one charge lets expire at most: 2 to 4 ms."""
 _FORGET_STEPS: Final = 16
-_NO_LEVELS: Final[dict[str, int]] = {}
-"""For a hold of one counter with one limit: its level is in its row."""
 _NO_BUCKET: Final[dict[str, int]] = {}
 _NEVER: Final = 1 << 62
 
 
-class MemoryHolds(MemoryStorage):
+class MemoryHolds(MemoryUnits):
     """Counters with holds. `charge_all` is its subclass's.
 
     Attributes:
@@ -49,12 +47,18 @@ class MemoryHolds(MemoryStorage):
     """
 
     max_holds: int = MAX_HOLDS
+    watch: CrossingWatch | None = None
+    """Finds thresholds that charges cross; None for none."""
 
     def __init__(self, max_subjects: int = DEFAULT_MAX_SUBJECTS, clock: Callable[[], int] | None = None) -> None:
         super().__init__(max_subjects, clock)
         self._no_holds()
 
     def charge_all(self, counters: Counters, cost: int) -> Decision:
+        """See `MemoryCounters`."""
+        raise NotImplementedError
+
+    def charge_one(self, limits: LimitSet, subject: str, cost: int) -> Decision:
         """See `MemoryCounters`."""
         raise NotImplementedError
 
@@ -97,15 +101,18 @@ class MemoryHolds(MemoryStorage):
                 f"{self.max_subjects} holds are open in this process, as many as counters.max_subjects: settle holds when their "
                 "requests end"
             )
-        if len(counters) != 1 or counters[0][0].soft or counters[0][0].algorithm in IN_PROGRESS:
-            return self._open_several(counters, cost, ttl_us, rule, now)
         limits, subject = counters[0]
+        if len(counters) != 1 or limits.soft or limits.algorithm in IN_PROGRESS:
+            return self._open_several(counters, cost, ttl_us, rule, now)
         compiled = self._compiled.get(limits) or self._prepare(limits)
         key = compiled.token + subject
         held = self._held.get(key)
         if held is not None and held.open >= self.max_holds:
             raise too_many(self.max_holds)
-        decision = self.charge_all(counters, cost)
+        if self.watch is None and limits.plain and compiled.only is not None:
+            decision = self.charge_one(limits, subject, cost)
+        else:
+            decision = self.charge_all(counters, cost)
         if not decision.allowed:
             return decision, None
         level, levels = 0, None
@@ -114,18 +121,38 @@ class MemoryHolds(MemoryStorage):
                 level = undrained_of(limits.algorithm, self._shards[hash(key) & 255][key])
             else:
                 levels = self._levels(limits, key)
-        counter = self._hold_counter(held, limits, subject, key)
-        return decision, self._add_hold(
-            decision.at_us, ttl_us, cost, (counter,), rule, level, None if levels is None else [levels]
-        )
+        if held is None:
+            held = self._held[key] = HeldCounter(limits, subject, key)
+        held.limits = limits
+        held.open += 1
+        held.rows += 1
+        # As `_add_hold`; a call of each part would cost more than all this.
+        rows = self._rows
+        row = rows.add(decision.at_us, decision.at_us + ttl_us, cost, held, level)
+        if levels is not None:
+            rows.details[row] = [levels]
+        self._open += 1
+        mark = rows.mark[row]
+        heappush(held.marks, mark)
+        heappush(self._hold_ends, mark)
+        if len(held.marks) > 2 * held.open + MAX_STALE:
+            rows.drop_stale(held.marks)
+        if len(self._hold_ends) > 2 * self._open + MAX_STALE:
+            rows.drop_stale(self._hold_ends)
+        self._next_hold_end = self._hold_ends[0] >> ROW_BITS
+        return decision, HoldHandle(rows.id_of(row), cost, rule)
 
     def _open_several(
         self, counters: Counters, cost: int, ttl_us: int, rule: str | None, now: int
     ) -> tuple[Decision, HoldHandle | None]:
         """Several counters, soft ones, and slots."""
-        keys = [self._prepare(limits).token + subject for limits, subject in counters]
-        if any((held := self._held.get(key)) is not None and held.open >= self.max_holds for key in keys):
-            raise too_many(self.max_holds)
+        keys = [(self._compiled.get(limits) or self._prepare(limits)).token + subject for limits, subject in counters]
+        for key in keys:
+            held = self._held.get(key)
+            if held is not None and held.open >= self.max_holds:
+                raise too_many(self.max_holds)
+        if all(limits.plain for limits, _ in counters):
+            return self._open_plain(counters, keys, cost, ttl_us, rule)
         slots = tuple(each for each in counters if each[0].algorithm in IN_PROGRESS)
         if slots and not cost:
             # A slot has to be free whatever the cost.
@@ -154,6 +181,26 @@ class MemoryHolds(MemoryStorage):
         kept = tuple(self._hold_counter(self._held.get(key), *counter, key) for counter, key in zip(counters, keys, strict=True))
         return decision, self._add_hold(at_us, ttl_us, cost, kept, rule, 0, details)
 
+    def _open_plain(
+        self,
+        counters: Counters,
+        keys: Sequence[str],
+        cost: int,
+        ttl_us: int,
+        rule: str | None,
+    ) -> tuple[Decision, HoldHandle | None]:
+        """Several counters, none of them soft, of a quota or with slots."""
+        decision = self.charge_all(counters, cost)
+        if not decision.allowed:
+            return decision, None
+        details: list[dict[str, int] | None] = []
+        kept = []
+        for counter, key in zip(counters, keys, strict=True):
+            limits = counter[0]
+            details.append(self._levels(limits, key) if cost and limits.algorithm.is_bucket else _NO_BUCKET)
+            kept.append(self._hold_counter(self._held.get(key), *counter, key))
+        return decision, self._add_hold(decision.at_us, ttl_us, cost, tuple(kept), rule, 0, details)
+
     def settle_hold_now(self, handle: HoldHandle, cost: int, success: bool = False) -> HoldSettlement:
         """See `HoldingCounterStore.settle_hold`."""
         now = self._clock()
@@ -165,8 +212,13 @@ class MemoryHolds(MemoryStorage):
         row = rows.find(handle.id)
         if row is None:
             raise not_found()
-        if rows.state[row] == OPEN and rows.moment(row) <= now:
-            self._expire(row, now)
+        if rows.state[row] == OPEN:
+            if rows.mark[row] >> ROW_BITS <= now:
+                self._expire(row, now)
+            else:
+                settled = self._settle_plain(row, cost, now)
+                if settled is not None:
+                    return settled
         state = rows.state[row]
         if state == OPEN:
             self._settle_open(row, cost, success, now)
@@ -182,6 +234,66 @@ class MemoryHolds(MemoryStorage):
             return self._settlement(row, rows.cost[row], late=state == SETTLED_LATE, repeated=True)
         return self._settlement(row, cost, late=state == EXPIRED)
 
+    def _settle_plain(self, row: int, cost: int, now: int) -> HoldSettlement | None:
+        """Settle an open hold in the common case: counters of one limit each, and no more used than reserved. None in others."""
+        rows = self._rows
+        counter, reserved = rows.counters[row], rows.cost[row]
+        if cost > reserved:
+            return None
+        if type(counter) is not HeldCounter:
+            return self._settle_several(row, counter, cost, now)
+        if counter.reset:
+            return None
+        limits = counter.limits
+        compiled = self._compiled.get(limits)
+        if compiled is None or compiled.only is None or not limits.plain or compiled.other_layouts:
+            return None
+        shard = self._shards[hash(counter.key) & 255]
+        state, limit = shard.get(counter.key), compiled.limit
+        if not state:
+            return None
+        if cost < reserved:
+            before = state
+            state = shard[counter.key] = give_back(
+                limits.algorithm, limit, state, now, reserved - cost, rows.at_us[row], rows.level[row]
+            )
+            if compiled.logs:
+                self._log_entries += compiled.entries(state) - len(before[1])
+        counter.open -= 1
+        self._open -= 1
+        self._end(row, SETTLED, cost, max(rows.mark[row] >> ROW_BITS, now + SETTLED_KNOWN_US))
+        _, remaining, reset_us, _ = compiled.decide(limit, state, now, 0)
+        return HoldSettlement(cost, False, limit.capacity, remaining, reset_us)
+
+    def _settle_several(self, row: int, counters: tuple[HeldCounter, ...], cost: int, now: int) -> HoldSettlement | None:
+        """As `_settle_plain`, for several counters."""
+        rows = self._rows
+        found: list[tuple[CompiledLimits, dict[str, Any], int]] = []
+        for counter, levels in zip(counters, rows.details[row], strict=True):
+            compiled = self._compiled.get(counter.limits)
+            if compiled is None or compiled.only is None or not counter.limits.plain or compiled.other_layouts:
+                return None
+            shard = self._shards[hash(counter.key) & 255]
+            if not shard.get(counter.key) or counter.reset or levels is None:
+                return None
+            found.append((compiled, shard, levels[compiled.limit.window_name] if levels else 0))
+        unused, at_us = rows.cost[row] - cost, rows.at_us[row]
+        least: HoldSettlement | None = None
+        for counter, (compiled, shard, level) in zip(counters, found, strict=True):
+            before: State = shard[counter.key]
+            limit, state = compiled.limit, before
+            if unused:
+                state = shard[counter.key] = give_back(counter.limits.algorithm, limit, before, now, unused, at_us, level)
+                if compiled.logs:
+                    self._log_entries += compiled.entries(state) - compiled.entries(before)
+            counter.open -= 1
+            _, remaining, reset_us, _ = compiled.decide(limit, state, now, 0)
+            if least is None or remaining < (least.remaining or 0):
+                least = HoldSettlement(cost, False, limit.capacity, remaining, reset_us)
+        self._open -= 1
+        self._end(row, SETTLED, cost, max(rows.mark[row] >> ROW_BITS, now + SETTLED_KNOWN_US))
+        return least
+
     def _settle_open(self, row: int, cost: int, success: bool, now: int) -> None:
         reserved = self._rows.cost[row]
         used = reserved if self._counts_failures(row) else cost
@@ -192,7 +304,7 @@ class MemoryHolds(MemoryStorage):
             if counter.limits.failures is not None:
                 self._settle_failures(counter.limits, counter.subject, cost, success, now)
             elif used < reserved:
-                self._give_back(counter, levels, row, reserved - used, now)
+                self._give_back_row(counter, levels, row, reserved - used, now)
             elif used > reserved:
                 self._charge_beyond(counter.limits, counter.subject, used - reserved, now)
         self._open -= 1
@@ -250,7 +362,7 @@ class MemoryHolds(MemoryStorage):
         for _ in range(_EXPIRE_STEPS):
             if not ends or ends[0] >> ROW_BITS > now:
                 break
-            row = self._rows.live_row(heapq.heappop(ends))
+            row = self._rows.live_row(heappop(ends))
             if row is not None:
                 self._expire(row, now)
         self._next_hold_end = ends[0] >> ROW_BITS if ends else _NEVER
@@ -267,7 +379,7 @@ class MemoryHolds(MemoryStorage):
                 if self._rows.live_row(marks[0]) is not None:
                     retry_us = max(min(retry_us, (marks[0] >> ROW_BITS) - decision.at_us), 1)
                     break
-                heapq.heappop(marks)
+                heappop(marks)
         if retry_us == decision.retry_after_us:
             return decision
         return Decision(
@@ -279,13 +391,6 @@ class MemoryHolds(MemoryStorage):
         held = self._held.pop(key, None)
         if held is not None:
             held.reset = True
-
-    def _levels(self, limits: LimitSet, key: str) -> dict[str, int]:
-        """The levels of a bucket's windows just after a charge."""
-        states = self._prepare(limits).unpack(self._shards[hash(key) & 255].get(key))
-        return {
-            limit.window_name: undrained_of(limits.algorithm, state) for limit, state in zip(limits.limits, states, strict=True)
-        }
 
     def _hold_counter(self, held: HeldCounter | None, limits: LimitSet, subject: str, key: str) -> HeldCounter:
         if held is None:
@@ -306,7 +411,7 @@ class MemoryHolds(MemoryStorage):
         details: list[dict[str, int] | None] | None,
     ) -> HoldHandle:
         rows = self._rows
-        row = rows.add(at_us, at_us + ttl_us, cost, counters, level)
+        row = rows.add(at_us, at_us + ttl_us, cost, counters[0] if len(counters) == 1 else counters, level)
         if details is not None:
             rows.details[row] = details
         self._open += 1
@@ -323,46 +428,10 @@ class MemoryHolds(MemoryStorage):
         """The counters of a hold, and for each the levels of its windows where they are not in the row; None if not charged."""
         counters = self._rows.counters_of(row)
         details = self._rows.details.get(row)
-        return ((counters[0], _NO_LEVELS),) if details is None else zip(counters, details, strict=True)
+        return ((counters[0], NO_LEVELS),) if details is None else zip(counters, details, strict=True)
 
     def _counts_failures(self, row: int) -> bool:
         return any(counter.limits.failures is not None for counter in self._rows.counters_of(row))
-
-    def _move_slots(self, limits: LimitSet, key: str, by: int, now: int) -> None:
-        """Take or free slots of a counter."""
-        shard = self._shards[hash(key) & 255]
-        stored = shard.get(key)
-        if limits.failures is not None:
-            compiled = self._prepare(limits)
-            in_progress, *rest = compiled.unpack(stored)[0] or failures.FRESH
-            self._save_failures(compiled, key, (max(in_progress + by, 0), *rest), now)
-            return
-        taken = (stored[0] if stored else 0) + by
-        if taken > 0:
-            shard[key] = (taken,)
-            if stored is None:
-                self._file_new(key, now + MAX_TTL_S * US_PER_S, now)
-        elif stored:
-            shard[key] = ()
-
-    def _save_failures(self, compiled: CompiledLimits, key: str, state: State, now: int) -> None:
-        shard = self._shards[hash(key) & 255]
-        known = key in shard
-        # All limits of a counter of failures have one state.
-        shard[key] = compiled.pack([state] * len(compiled.limits.limits))
-        if not known:
-            self._file_new(key, now + MAX_TTL_S * US_PER_S, now)
-
-    def _settle_failures(self, limits: LimitSet, subject: str, failed: int, success: bool, now: int) -> None:
-        """Record the outcome of an attempt that is not in progress any more."""
-        assert limits.failures is not None
-        compiled = self._prepare(limits)
-        key = compiled.token + subject
-        stored = self._shards[hash(key) & 255].get(key)
-        if not stored and compiled.other_layouts:
-            stored = self._inherit(compiled, subject) or stored
-        state = compiled.unpack(stored)[0]
-        self._save_failures(compiled, key, failures.settle(limits.failures, limits.limits, state, now, failed, success), now)
 
     def _release_hold(self, counter: HeldCounter, charged: bool) -> None:
         counter.open -= 1
@@ -375,21 +444,26 @@ class MemoryHolds(MemoryStorage):
         for counter, levels in self._charged(row):
             self._release_hold(counter, levels is not None)
             if levels is not None:
-                self._give_back(counter, levels, row, self._rows.cost[row], now)
+                self._give_back_row(counter, levels, row, self._rows.cost[row], now)
         self._end(row, EXPIRED, 0, now + EXPIRED_KNOWN_US)
+
+    def _give_back_row(self, counter: HeldCounter, levels: dict[str, int], row: int, units: int, now: int) -> None:
+        if units and not counter.reset:
+            rows = self._rows
+            self._give_back(counter.limits, counter.subject, levels, rows.level[row], rows.at_us[row], units, now)
 
     def _end(self, row: int, state: int, cost: int, until_us: int) -> None:
         rows = self._rows
         rows.state[row] = state
         rows.cost[row] = cost
-        heapq.heappush(self._forget, rows.move(row, until_us))
+        heappush(self._forget, rows.move(row, until_us))
 
     def _forget_ended(self, now: int) -> None:
         rows = self._rows
         for _ in range(_FORGET_STEPS):
             if not self._forget or self._forget[0] >> ROW_BITS > now:
                 return
-            mark = heapq.heappop(self._forget)
+            mark = heappop(self._forget)
             row = rows.ended_row(mark)
             if row is None:
                 continue
@@ -403,72 +477,3 @@ class MemoryHolds(MemoryStorage):
         counters = self._rows.counters_of(row)
         peek = self.charge_all(tuple((each.limits, each.subject) for each in counters), 0)
         return HoldSettlement(cost, late, peek.limit, peek.remaining, peek.reset_after_us, repeated)
-
-    def _give_back(self, counter: HeldCounter, levels: dict[str, int], row: int, units: int, now: int) -> None:
-        """Return units to the counter, also where its states are those of a rule that has other windows now."""
-        if counter.reset or not units or counter.limits.algorithm in IN_PROGRESS:
-            return
-        compiled = self._prepare(counter.limits)
-        at_us, level = self._rows.at_us[row], self._rows.level[row]
-        algorithm = counter.limits.algorithm
-        for each in (compiled, *compiled.other_layouts) if compiled.other_layouts else (compiled,):
-            key = each.token + counter.subject
-            shard = self._shards[hash(key) & 255]
-            stored = shard.get(key)
-            if not stored or each.limits.algorithm is not algorithm:
-                continue
-            if each.only is not None and not each.logs and levels is _NO_LEVELS and each is compiled:
-                shard[key] = give_back(algorithm, each.only, stored, now, units, at_us, level)
-                continue
-            if levels is _NO_LEVELS:
-                levels = {counter.limits.limits[0].window_name: level}
-            states = [
-                give_back(algorithm, limit, state, now, units, at_us, levels.get(limit.window_name, 0))
-                for limit, state in zip(each.limits.limits, each.unpack(stored), strict=True)
-            ]
-            value = shard[key] = each.pack(states)
-            if each.logs:
-                self._log_entries += each.entries(value) - each.entries(stored)
-
-    def _charge_beyond(self, limits: LimitSet, subject: str, cost: int, now: int) -> None:
-        """Charge units whatever the limits say."""
-        if limits.algorithm is ConcurrencyAlgorithm.CONCURRENT:
-            return
-        if limits.failures is not None:
-            self._settle_failures(limits, subject, cost, False, now)
-            return
-        compiled = self._prepare(limits)
-        key = compiled.token + subject
-        shard = self._shards[hash(key) & 255]
-        stored = shard.get(key)
-        if not stored and compiled.other_layouts:
-            stored = self._inherit(compiled, subject) or stored
-        states: list[State] = [
-            charge(limits.algorithm, limit, state, now, cost)
-            for limit, state in zip(limits.limits, compiled.unpack(stored), strict=True)
-        ]
-        known = key in shard
-        value = shard[key] = compiled.pack(states)
-        if not known:
-            self._file_new(key, compiled.expiry(value), now)
-        if compiled.logs:
-            self._count_log_entries(compiled.entries(value) - (compiled.entries(stored) if stored else 0), now)
-
-    def _refund(self, limits: LimitSet, subject: str, units: int, now: int) -> None:
-        if limits.failures is not None:
-            return
-        compiled = self._prepare(limits)
-        key = compiled.token + subject
-        shard = self._shards[hash(key) & 255]
-        stored = shard.get(key)
-        if not stored and compiled.other_layouts:
-            stored = self._inherit(compiled, subject) or stored
-        if not stored:
-            return
-        states = [
-            refund(limits.algorithm, limit, state, now, units)
-            for limit, state in zip(limits.limits, compiled.unpack(stored), strict=True)
-        ]
-        value = shard[key] = compiled.pack(states)
-        if compiled.logs:
-            self._log_entries += compiled.entries(value) - compiled.entries(stored)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
-from tidegate.counters.holds import HoldHandle, HoldSettlement
+from tidegate.counters import Counters
+from tidegate.counters.holds import HoldHandle, HoldingCounterStore, HoldSettlement
+from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Decision
 from tidegate.doors.exceeded import RateLimitExceeded
 from tidegate.errors import TidegateError
@@ -30,6 +32,8 @@ class _Hold:
         cost: units reserved.
         settlement: what was charged at the end; None before, and where the store did not answer.
     """
+
+    __slots__ = ("_handle", "_scope", "_used", "cost", "decision", "settlement")
 
     def __init__(self, scope: str, cost: int) -> None:
         self.decision: Decision | None = None
@@ -53,7 +57,8 @@ class _Hold:
         Raises:
             BadRequest: if the cost is no such number.
         """
-        self._used = settled_cost(cost)
+        # A cost up to the reservation needs no further look.
+        self._used = cost if type(cost) is int and 0 <= cost <= self.cost else settled_cost(cost)
 
     def cancel(self) -> None:
         """Charge nothing."""
@@ -79,26 +84,37 @@ class AsyncHold(_Hold):
     Args:
         scope: name of the limiter.
         cost: units to reserve.
-        opens: makes the reservation.
-        settles: ends it.
-        renews: lets it expire later.
-        settles_now: ends it without waiting for anything; None where the store cannot.
+        counters: it is charged to.
+        ttl_us: after how many µs it expires.
+        store: that keeps it.
+        in_memory: the same where it never waits for anything, else None.
+        allowed: what is decided instead of the store, in tests; None for nothing.
     """
+
+    __slots__ = ("_allowed", "_counters", "_in_memory", "_store", "_ttl_us")
 
     def __init__(
         self,
         scope: str,
         cost: int,
-        opens: Callable[[], Awaitable[Opened]],
-        settles: Callable[[HoldHandle, int], Awaitable[HoldSettlement]],
-        renews: Callable[[HoldHandle, int], Awaitable[None]],
-        settles_now: Callable[[HoldHandle, int], HoldSettlement] | None = None,
+        counters: Counters,
+        ttl_us: int,
+        store: HoldingCounterStore,
+        in_memory: MemoryCounters | None = None,
+        allowed: Decision | None = None,
     ) -> None:
-        super().__init__(scope, cost)
-        self._settles_now = settles_now
-        self._opens = opens
-        self._settles = settles
-        self._renews = renews
+        # Not by `super`: this is the hot path.
+        self.decision = None
+        self.cost = cost
+        self.settlement = None
+        self._scope = scope
+        self._handle = None
+        self._used = None
+        self._counters = counters
+        self._ttl_us = ttl_us
+        self._store = store
+        self._in_memory = in_memory
+        self._allowed = allowed
 
     async def renew(self, ttl_s: int) -> None:
         """Let the hold expire later.
@@ -113,20 +129,32 @@ class AsyncHold(_Hold):
         """
         ttl_us = checked_ttl_s(ttl_s) * US_PER_S
         if self._handle is not None and self._handle.counted:
-            await self._renews(self._handle, ttl_us)
+            await self._store.renew_hold(self._handle, ttl_us)
 
     async def __aenter__(self) -> Self:
-        self._accept(await self._opens())
+        if self._allowed is not None:
+            self.decision = self._allowed
+            return self
+        memory = self._in_memory
+        if memory is not None:
+            decision, self._handle = memory.open_hold_now(self._counters, self.cost, self._ttl_us, self._scope)
+        else:
+            decision, self._handle = await self._store.open_hold(self._counters, self.cost, self._ttl_us, self._scope)
+        self.decision = decision
+        if not decision.allowed:
+            raise RateLimitExceeded(decision, scope=self._scope)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         handle = self._handle
         if handle is None or not handle.counted:
             return
-        used = self._used_at(kind is not None)
-        if self._settles_now is not None:
+        used = self._used
+        if used is None:
+            used = self._used_at(kind is not None)
+        if self._in_memory is not None:
             try:
-                self.settlement = self._settles_now(handle, used)
+                self.settlement = self._in_memory.settle_hold_now(handle, used)
             except TidegateError as error:
                 self._failed(error)
             return
@@ -141,7 +169,7 @@ class AsyncHold(_Hold):
 
     async def _end(self, handle: HoldHandle, used: int) -> None:
         try:
-            self.settlement = await self._settles(handle, used)
+            self.settlement = await self._store.settle_hold(handle, used)
         except TidegateError as error:
             self._failed(error)
 
@@ -156,6 +184,8 @@ class SyncHold(_Hold):
         settles: ends it.
         renews: lets it expire later.
     """
+
+    __slots__ = ("_opens", "_renews", "_settles")
 
     def __init__(
         self,

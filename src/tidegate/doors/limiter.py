@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from tidegate.counters import Charge, CounterStore, LeasingCounterStore
+from tidegate.counters import Charge, Counters, CounterStore, LeasingCounterStore
 from tidegate.counters.blocking import BlockingCounterStore
-from tidegate.counters.holds import DEFAULT_TTL_S, HoldHandle, blocking_holding, holding
+from tidegate.counters.holds import (
+    DEFAULT_TTL_S,
+    HoldHandle,
+    HoldingCounterStore,
+    blocking_holding,
+    holding,
+)
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.reservations import (
     BlockingReservingStore,
@@ -25,6 +31,7 @@ from tidegate.doors.waiting import AsyncWaiting, BlockingWaiting
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, OnFailure
 from tidegate.retry_pause import checked_wait_s
+from tidegate.timestamps import US_PER_S
 
 
 class Limiter(LimiterLimits):
@@ -65,6 +72,8 @@ class Limiter(LimiterLimits):
         self.counters: CounterStore = open_memory_or_redis(counters, leases)
         self._charge_one = self.counters.charge_one if isinstance(self.counters, MemoryCounters) else None
         self._take = self.counters.charge_now if isinstance(self.counters, LeasingCounterStore) else None
+        self._memory = self.counters if type(self.counters) is MemoryCounters else None
+        self._holding: HoldingCounterStore | None = None
         self._waiting = AsyncWaiting()
 
     async def check(self, subject: LimitedSubject, cost: int = 1) -> Decision:
@@ -209,17 +218,25 @@ class Limiter(LimiterLimits):
         Raises:
             BadRequest: if an argument makes no sense, or the cost can never pass.
         """
-        counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
-        store = holding(self.counters)
-
-        async def opens() -> tuple[Decision, HoldHandle | None]:
-            if not SWITCHES.enforced:
-                return self._allowed_in_tests(), None
-            return await store.open_hold(counters, cost, ttl_us, self._limits.rule)
-
-        # A task of its own for the settlement costs more than the settlement in memory.
-        settles_now = self.counters.settle_hold_now if type(self.counters) is MemoryCounters else None
-        return AsyncHold(self._limits.rule or "", cost, opens, store.settle_hold, store.renew_hold, settles_now)
+        if (
+            ttl_s == DEFAULT_TTL_S
+            and self._namespace is None
+            and type(cost) is int
+            and 0 <= cost <= self._most_at_once
+            and type(subject) is str
+            and 0 < len(subject) <= LONGEST_SUBJECT
+            and not subject.startswith(DIGEST)
+        ):
+            # Most calls: nothing to read, clamp or refuse.
+            counters: Counters = ((self._limits, subject),)
+            ttl_us = DEFAULT_TTL_S * US_PER_S
+        else:
+            counters, cost, ttl_us = self._reservation(subject, cost, ttl_s, clamp)
+        allowed = None if SWITCHES.enforced else self._allowed_in_tests()
+        store = self._holding
+        if store is None:
+            store = self._holding = holding(self.counters)
+        return AsyncHold(self._label, cost, counters, ttl_us, store, self._memory, allowed)
 
     async def reset(self, subject: LimitedSubject) -> None:
         """Forget what a subject consumed.

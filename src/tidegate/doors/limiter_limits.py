@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from tidegate.counters import Charge
 from tidegate.counters.reservations import can_reserve
-from tidegate.decision import Decision
+from tidegate.decision import MAX_COST, Decision
 from tidegate.doors.limited_subject import LimitedSubject, checked_cost, fit_subject
 from tidegate.errors import BadRequest, PolicyError, clip
 from tidegate.gate.holds import checked_ttl_s, fitting_cost
@@ -43,6 +43,8 @@ class LimiterLimits:
             rule=label,
             leases=leases is not False,
         )
+        self._label = label
+        self._most_at_once = min(MAX_COST, *(limit.capacity for limit in self._limits.limits))
 
     _namespace: CompiledNamespace | None = None
     """Whose limits apply, with overrides for single subjects, instead of `_limits`; see `from_policy`."""

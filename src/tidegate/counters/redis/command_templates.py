@@ -37,6 +37,7 @@ class CommandTemplate:
 
     __slots__ = (
         "head",
+        "hold_head",
         "hold_script",
         "lease_head",
         "lease_script",
@@ -62,14 +63,15 @@ class CommandTemplate:
         self.lease_script = script("lease", algorithms, watched=watched)
         self.limits = sets[0]
         self.limits_by_place: tuple[Limit, ...] = tuple(limit for limits in sets for limit in limits.limits)
-        self.head = _script_head(self.script, len(sets), 2 * len(sets) + 1)
-        self.lease_head = _script_head(self.lease_script, len(sets), 2 * len(sets) + 2)
+        self.head = script_head(self.script, len(sets), 2 * len(sets) + 1)
+        self.lease_head = script_head(self.lease_script, len(sets), 2 * len(sets) + 2)
         self.hold_script = script("hold", algorithms, watched=watched)
+        self.hold_head = script_head(self.hold_script, len(sets), 2 * len(sets) + 3)
         self.names = tuple(name_of(limits) for limits in sets)
         self.name = self.names[0]
         self.suffix = tuple(b"}" + name + b"\r\n" for name in self.names)
         self.parameters = tuple(parameters(limits, now_us, charging=True) for limits in sets)
-        self.tail = b"".join(map(_bulk, self.parameters))
+        self.tail = b"".join(map(encoded, self.parameters))
 
     def decision(self, reply: Any) -> Decision:
         """The decision in a script's reply."""
@@ -156,6 +158,29 @@ def _without_left(reply: Any) -> Any:
     return reply[:5]
 
 
+def hold_command(template: CommandTemplate, keys: Sequence[bytes], cost: int, hold: bytes, numbers: bytes) -> bytes:
+    """The command that opens a hold; see `hold.lua`.
+
+    Args:
+        template: of its counters.
+        keys: of its counters.
+        hold: the 12 bytes of its id.
+        numbers: `hold_numbers`.
+
+    Returns:
+        One command.
+    """
+    cost_part = _COSTS[cost] if cost < 1000 else encoded(b"%d" % cost)
+    key_part = encoded(keys[0]) if len(keys) == 1 else b"".join(map(encoded, keys))
+    return b"%b%b%b%b$12\r\n%b\r\n%b" % (template.hold_head, key_part, template.tail, cost_part, hold, numbers)
+
+
+@lru_cache(maxsize=1024)
+def hold_numbers(ttl_us: int, most: int) -> bytes:
+    """The last argument of `hold.lua`: after how many µs the hold expires, and how many a counter may have."""
+    return encoded(msgspec.msgpack.encode((ttl_us, most)))
+
+
 def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> bytes:
     """The command for a charge.
 
@@ -167,7 +192,7 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
         One command.
     """
     cost = charge.cost
-    cost_part = _COSTS[cost] if cost < 1000 else _bulk(b"%d" % cost)
+    cost_part = _COSTS[cost] if cost < 1000 else encoded(b"%d" % cost)
     suffixes = template.suffix
     head = template.head
     if charge.lease is not None:
@@ -192,19 +217,26 @@ def charge_command(template: CommandTemplate, charge: Charge, tag: bytes) -> byt
 
 @lru_cache(maxsize=1024)
 def _lease_numbers(want: int, divisor: int, ttl_us: int, ahead: int) -> bytes:
-    return _bulk(msgspec.msgpack.encode((want, divisor, ttl_us, ahead)))
+    return encoded(msgspec.msgpack.encode((want, divisor, ttl_us, ahead)))
 
 
 def _lease_part(lease: LeaseRequest) -> bytes:
     return _lease_numbers(lease.want, lease.divisor, lease.ttl_us, lease.ahead)
 
 
-def _script_head(work: Script, keys: int, arguments: int) -> bytes:
+def script_head(work: Script, keys: int, arguments: int) -> bytes:
+    """How the command begins that calls a script, before its keys.
+
+    Args:
+        keys: how many.
+        arguments: how many, keys included.
+    """
     count = b"%d" % keys
     return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n$%d\r\n%b\r\n" % (arguments + 3, work.sha.encode(), len(count), count)
 
 
-def _bulk(raw: bytes) -> bytes:
+def encoded(raw: bytes) -> bytes:
+    """One part of a command."""
     return b"$%d\r\n%b\r\n" % (len(raw), raw)
 
 

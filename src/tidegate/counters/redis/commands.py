@@ -131,7 +131,7 @@ class RedisCommands:
         Raises:
             StoreUnavailable: if there is none.
         """
-        return await self._run_late(tag, work, keys, [each.encode() for each in arguments])
+        return await self._run_late(tag, work, encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments))
 
     async def _run_until(
         self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes], deadline: float
@@ -144,25 +144,24 @@ class RedisCommands:
             reply = await follow_redirection(self._require_topology(), slot_of_tag(tag), command, reply, work, deadline)
         return reply
 
-    async def _run_soon(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
-        """Run a script until the deadline of a check, which the connection keeps."""
-        deadline = self._deadline(0)
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
+    async def _run_soon(self, tag: bytes, work: Script, command: bytes) -> Any:
+        """Run a script, whose command is ready, until the deadline of a check, which the connection keeps."""
+        sent_at = time.monotonic()
         reply = await self._connection(tag).send(command)
-        if isinstance(reply, hiredis.ReplyError):
-            reply = await follow_redirection(self._require_topology(), slot_of_tag(tag), command, reply, work, deadline)
+        if type(reply) is not list and isinstance(reply, hiredis.ReplyError):
+            topology = self._require_topology()
+            reply = await follow_redirection(topology, slot_of_tag(tag), command, reply, work, sent_at + self.timeout_s)
         return reply
 
-    async def _run_late(self, tag: bytes, work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
-        """Run a script, and wait for a late reply."""
-        command = encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
-        deadline = time.monotonic() + LATE_TIMEOUT_S
+    async def _run_late(self, tag: bytes, work: Script, command: bytes) -> Any:
+        """Run a script, whose command is ready, and wait for a late reply."""
+        sent_at = time.monotonic()
         try:
             reply = await self._connection(tag).send(command)
         except LateAnswer as late:
             reply = await late.answer
-        if isinstance(reply, hiredis.ReplyError):
-            reply = await self._follow(tag, command, reply, work, deadline, True)
+        if type(reply) is not list and isinstance(reply, hiredis.ReplyError):
+            reply = await self._follow(tag, command, reply, work, sent_at + LATE_TIMEOUT_S, True)
         return reply
 
     async def _each(self, sent: Iterable[Command], wait_late: bool = False) -> list[Any]:

@@ -46,15 +46,18 @@ class HoldEnds:
             ends_us: when it expires, µs since the epoch.
             by: 1 where it was opened, -1 where it was settled in time.
         """
-        self._drop_due()
         second = -(-ends_us // US_PER_S)
+        if second in self._by_second:
+            # Where it is due already, it is dropped with the others of its second.
+            self._by_second[second] += by
+            self._open += by
+            return
+        self._drop_due()
         if second * US_PER_S <= self._clock():
             self._expired += by
             return
-        if second not in self._by_second:
-            self._by_second[second] = 0
-            heapq.heappush(self._seconds, second)
-        self._by_second[second] += by
+        heapq.heappush(self._seconds, second)
+        self._by_second[second] = by
         self._open += by
 
     def _drop_due(self) -> None:

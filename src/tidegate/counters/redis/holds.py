@@ -27,17 +27,18 @@ from tidegate.counters.holds import (
     raw_id,
     too_many,
 )
-from tidegate.counters.redis.command_templates import CommandTemplate
+from tidegate.counters.redis.command_templates import CommandTemplate, encoded, hold_command, hold_numbers, script_head
 from tidegate.counters.redis.error_replies import shown
 from tidegate.counters.redis.hold_ends import HoldEnds
 from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
+from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
 from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, FailureAlgorithm, QuotaAlgorithm
 
-RunScript = Callable[[bytes, Script, Sequence[bytes], Sequence[bytes]], Awaitable[Any]]
-"""Runs a script on the server of a hash tag, with keys and arguments; raises `StoreUnavailable` where there is no reply."""
+RunScript = Callable[[bytes, Script, bytes], Awaitable[Any]]
+"""Runs a script, whose command is ready, on the server of a hash tag; raises `StoreUnavailable` where there is no reply."""
 
 _BY_LUA_NAME: Final[dict[str, AnyAlgorithm]] = {
     **{each.value: each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET},
@@ -85,12 +86,13 @@ class RedisHolds:
         Args:
             sharded: whether subjects may lie on several servers.
         """
-        if not sharded or len(counters) == 1:
+        if len(counters) == 1 or not sharded:
             hold = new_id()
             decision, held = await self._open_part(counters, hold, cost, ttl_us)
-            if decision.allowed:
-                self.ends.note(decision.at_us + ttl_us, 1)
-            return decision, HoldHandle(hold, cost, rule, (held,)) if decision.allowed else None
+            if not decision.allowed:
+                return decision, None
+            self.ends.note(decision.at_us + ttl_us, 1)
+            return decision, HoldHandle(hold, cost, rule, (held,))
         handle = HoldHandle(new_id(), cost, rule)
         decided: list[Decision] = []
         for part in _parts(counters):
@@ -112,10 +114,18 @@ class RedisHolds:
         template = self._template(counters)
         subject = counters[0][1]
         tag = hash_tag(subject)
-        tags = [tag if each == subject else hash_tag(each) for _, each in counters]
-        keys = [_key(*each) for each in zip(tags, template.names, strict=True)]
-        arguments = (*template.parameters, b"%d" % cost, raw_id(hold), _numbers(ttl_us, self.most))
-        reply = await self._run(tag, template.hold_script, keys, arguments)
+        numbers = hold_numbers(ttl_us, self.most)
+        if len(counters) == 1:
+            tags = [tag]
+            keys = [b"tg:{%b}%b" % (tag, template.name)]
+        else:
+            tags = [tag if each == subject else hash_tag(each) for _, each in counters]
+            keys = [_key(*each) for each in zip(tags, template.names, strict=True)]
+        reply = await self._run(tag, template.hold_script, hold_command(template, keys, cost, raw_id(hold), numbers))
+        if type(reply) is list and len(reply) == 6 and len(keys) == 1 and reply[0] > 0 and type(reply[5]) is bytes:
+            # One counter, most often.
+            record = reply.pop()
+            return template.decision(reply), (HeldCounter(tag, template.name, template.parameters[0], record),)
         if type(reply) is not list or len(reply) < 5:
             raise StoreUnavailable(f"unexpected reply from Redis to a hold: {shown(reply)}", reason="garbage")
         if reply[0] == 0:
@@ -164,10 +174,22 @@ class RedisHolds:
         Args:
             ends: takes it off where it was settled in time; None where another part of the hold does.
         """
-        sent = tuple(each.parameters for each in part)
-        keys = [_key(each.tag, each.name) for each in part]
-        arguments = (*sent, *(each.record for each in part), raw_id(hold), b"%d" % cost, b"%d" % success)
-        reply = await self._run_late(part[0].tag, _settle_script(sent), keys, arguments)
+        if len(part) == 1:
+            [held] = part
+            sent: tuple[bytes, ...] = (held.parameters,)
+            work, head, middle = _settlement_of(sent)
+            key = b"tg:{%b}%b" % (held.tag, held.name)
+            command = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n$12\r\n%b\r\n%b" % (
+                *(head, len(key), key, middle, len(held.record), held.record, raw_id(hold)),
+                _ending(cost, success),
+            )
+        else:
+            sent = tuple(each.parameters for each in part)
+            work, head, middle = _settlement_of(sent)
+            keys = b"".join(encoded(_key(each.tag, each.name)) for each in part)
+            records = b"".join(encoded(each.record) for each in part)
+            command = b"".join((head, keys, middle, records, encoded(raw_id(hold)), _ending(cost, success)))
+        reply = await self._run_late(part[0].tag, work, command)
         try:
             if reply[0] == 0:
                 return None
@@ -189,7 +211,8 @@ class RedisHolds:
             work = script("adjust", frozenset(limits.algorithm for limits, _ in part))
             template = self._template(part)
             keys = [_key(hash_tag(subject), name) for (_, subject), name in zip(part, template.names, strict=True)]
-            reply = await self._run(hash_tag(part[0][1]), work, keys, (*template.parameters, b"%d" % units))
+            command = _command(work, keys, (*template.parameters, b"%d" % units))
+            reply = await self._run(hash_tag(part[0][1]), work, command)
             decided.append(template.decision(reply))
         least = min(decided, key=lambda each: each.remaining or 0)
         return of_adjustment(_of_check(least, counters, max(each.overage for each in decided)), units)
@@ -203,7 +226,8 @@ class RedisHolds:
         work = script("count_holds", frozenset())
         for tag, own in places.items():
             keys = [_key(tag, name_of(counters[place][0])) for place in own]
-            for place, found in zip(own, _counted(await self._run(tag, work, keys, ()), len(own)), strict=True):
+            reply = await self._run(tag, work, _command(work, keys, ()))
+            for place, found in zip(own, _counted(reply, len(own)), strict=True):
                 counts[place] = found
         return counts
 
@@ -213,7 +237,7 @@ class RedisHolds:
             keys = [_key(each.tag, each.name) for each in part]
             numbers = (raw_id(handle.id), b"%d" % ttl_us)
             work = script("renew_hold", frozenset())
-            reply = await self._run_late(part[0].tag, work, keys, [*(each.record for each in part), *numbers])
+            reply = await self._run_late(part[0].tag, work, _command(work, keys, (*(each.record for each in part), *numbers)))
             status = reply[0] if type(reply) is list and reply else None
             if status == 0:
                 raise not_found()
@@ -236,9 +260,14 @@ def _key(tag: bytes, name: bytes) -> bytes:
     return b"tg:{%b}%b" % (tag, name)
 
 
+def _command(work: Script, keys: Sequence[bytes], arguments: Sequence[bytes]) -> bytes:
+    return encode_command("EVALSHA", work.sha, str(len(keys)), *keys, *arguments)
+
+
 @lru_cache(maxsize=1024)
-def _numbers(ttl_us: int, most: int) -> bytes:
-    return msgspec.msgpack.encode((ttl_us, most))
+def _ending(cost: int, success: bool) -> bytes:
+    """The last two arguments of a settlement."""
+    return encoded(b"%d" % cost) + encoded(b"%d" % success)
 
 
 def _parts(counters: Counters) -> list[Counters]:
@@ -259,13 +288,18 @@ def _of_check(decision: Decision, counters: Counters, overage: int | None = None
 
 
 @lru_cache(maxsize=1024)
-def _settle_script(parameters: tuple[bytes, ...]) -> Script:
-    """The script for counters with these parameters; raises `HoldNotFound` for an id that no instance made."""
+def _settlement_of(parameters: tuple[bytes, ...]) -> tuple[Script, bytes, bytes]:
+    """The script for counters with these parameters, and of its command what is before the keys, and before the records.
+
+    Raises:
+        HoldNotFound: for an id that no instance made.
+    """
     try:
         algorithms = frozenset(_BY_LUA_NAME[str(msgspec.msgpack.decode(each)[0]).removeprefix("soft:")] for each in parameters)
     except (msgspec.MsgspecError, KeyError, IndexError, TypeError):
         raise not_found() from None
-    return script("settle_hold", algorithms)
+    work = script("settle_hold", algorithms)
+    return work, script_head(work, len(parameters), 3 * len(parameters) + 3), b"".join(map(encoded, parameters))
 
 
 @lru_cache(maxsize=1024)

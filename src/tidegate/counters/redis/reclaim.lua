@@ -1,13 +1,6 @@
--- Holds of a counter lie beside it in a sorted set, <counter>.holds, by the moment at which they expire; a member is the 12 bytes of the id
--- and the record of holds.lua. The first script that needs the units of expired holds returns them: one that opens or ends a hold, a check that is denied
--- without them, or one of cost 0. A hold that has ended is known by its id for some time: tg:{subject}ended.<id>.
-local HOLD_ID = 12
-local ENDED_KNOWN = 3600000
+-- The first script that needs the units of expired holds returns them: one that opens or ends a hold, a check that is denied without them,
+-- or one of cost 0.
 local RECLAIM_STEPS = 100
-
-local function ended_key(key, id)
-  return string.match(key, '^[^}]*}') .. 'ended.' .. id
-end
 
 -- Returns the units of expired holds to a counter. Whether there were any, and when the next hold expires; nil for none.
 local function reclaim(key, config)
@@ -21,7 +14,7 @@ local function reclaim(key, config)
   if next_end > now then
     return false, next_end
   end
-  local give_back = hold_functions().give_back
+  local give_back = give_back_function()
   local due = redis.call('ZRANGE', holds, 0, RECLAIM_STEPS, 'WITHSCORES')
   next_end = nil
   for i = 1, #due, 2 do

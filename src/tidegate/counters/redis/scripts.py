@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -45,6 +45,14 @@ _NEEDS: Final = {
     "concurrent": (),
     "failures": (),
 }
+_BACK: Final = {
+    "fixed_window": "holds_windows",
+    "sliding_window": "holds_windows",
+    "sliding_log": "holds_log",
+    "token_bucket": "holds_bucket",
+    "quota": "holds_quota",
+}
+"""Where the units of holds go back to."""
 _PERIOD_NUMBER: Final = {period: number for number, period in enumerate(Period, 1)}
 _SHARED: Final = ("arithmetic", "calendar", "packed")
 
@@ -86,13 +94,35 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     if work in ("reserve", "release"):
         parts.append(_read("tidegate.algorithms", "reservations"))
     if work.startswith("charge") or work in ("lease", "hold", "settle_hold", "renew_hold", "adjust"):
-        parts.append("local left = {}\n" if watched else "local left\n")
-        parts.append(_read("tidegate.counters.redis", "decide"))
-        parts.append(_read("tidegate.algorithms", "holds"))
-        parts.append(_read("tidegate.counters.redis", "reclaim"))
+        parts += _deciding(work, names, watched)
     parts.append(_read("tidegate.counters.redis", work))
     source = "".join(parts).encode()
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
+
+
+def _deciding(work: str, names: Sequence[str], watched: bool) -> list[str]:
+    """What a script has that decides checks, or knows holds.
+
+    Redis makes the functions of a script anew on each call: those that most calls do not need come after the common case, which
+    ends before them, or inside a function that is called where they are needed.
+    """
+    backs = [_read("tidegate.algorithms", part) for part in dict.fromkeys(_BACK[name] for name in names if name in _BACK)]
+    levels = [_read("tidegate.algorithms", "holds_levels")] if "token_bucket" in names else []
+    parts = ["local left = {}\n" if watched else "local left\n", _read("tidegate.counters.redis", "hold_keys")]
+    if work == "hold":
+        parts += [*levels, _read("tidegate.counters.redis", "hold_plain")]
+    elif work in ("settle_hold", "adjust"):
+        parts += backs
+        if work == "settle_hold":
+            parts.append(_read("tidegate.counters.redis", "settle_plain"))
+        else:
+            parts += [*levels, _read("tidegate.algorithms", "holds_refund")]
+        parts.append(_read("tidegate.algorithms", "holds_charge"))
+        backs = []
+    parts.append(_read("tidegate.counters.redis", "decide"))
+    parts += ["local function give_back_function()\n", *backs, _read("tidegate.algorithms", "holds"), "return give_back\nend\n"]
+    parts.append(_read("tidegate.counters.redis", "reclaim"))
+    return parts
 
 
 def parameters(limits: LimitSet, now_us: int = 0, *, charging: bool = False) -> bytes:

@@ -4,9 +4,7 @@
 -- it failed, and other counters are charged what the hold reserved.
 -- Answers: 0 for an id that is not known, 1 for a hold that ended now, 2 for one that had been settled before; the units charged; 1 where that
 -- was after it expired, else 0 or when it would have expired; then what remains, as charge.lua answers a check of cost 0.
-local SETTLED_KNOWN = 120000
-local count = #KEYS
-local id, used = ARGV[2 * count + 1], tonumber(ARGV[2 * count + 2])
+-- What goes before: settle_plain.lua.
 local ended, known = ended_key(KEYS[1], id), nil
 
 -- From now on a state is loaded once; what is given back changes the loaded one too. Gives those that were loaded, by key.
@@ -24,22 +22,6 @@ local function load_once()
   return loaded
 end
 
-local function member(k)
-  return id .. ARGV[count + k]
-end
-
-local ends, due = nil, false
-for k = 1, count do
-  local holds = KEYS[k] .. '.holds'
-  local first = redis.call('ZRANGE', holds, 0, 0, 'WITHSCORES')
-  if first[1] then
-    due = due or tonumber(first[2]) <= now
-    -- A record of a soft limit that charged nothing is empty.
-    if not ends and ARGV[count + k] ~= '' then
-      ends = first[1] == member(k) and first[2] or redis.call('ZSCORE', holds, member(k))
-    end
-  end
-end
 local late = not ends or tonumber(ends) <= now
 if late then
   for k = 1, count do
@@ -52,7 +34,6 @@ if late then
     return {0}
   end
 end
-local configs = {}
 for k = 1, count do
   configs[k] = cmsgpack.unpack(ARGV[k])
 end
@@ -62,7 +43,7 @@ if known and known ~= 'expired' then
 end
 -- What is loaded to give units back need not be loaded again to say what remains.
 local loaded = load_once()
-local functions
+local give_back
 for k = 1, count do
   if ARGV[count + k] ~= '' then
     local record = {cmsgpack.unpack(ARGV[count + k])}
@@ -78,10 +59,10 @@ for k = 1, count do
     if configs[k][1] == 'failures' then
       algorithms.failures.settle(KEYS[k], configs[k], used, ARGV[2 * count + 3] == '1')
     elseif configs[k][1] ~= 'concurrent' and (unused > 0 or more > 0) then
-      functions = functions or hold_functions()
-      functions.give_back(KEYS[k], configs[k], unused, record)
+      give_back = give_back or give_back_function()
+      give_back(KEYS[k], configs[k], unused, record)
       if more > 0 then
-        functions.charge(KEYS[k], configs[k], more)
+        charge_beyond(KEYS[k], configs[k], more)
         loaded[KEYS[k]] = nil
       end
     end
