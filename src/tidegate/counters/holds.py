@@ -18,6 +18,7 @@ import msgspec
 
 from tidegate.counters import Counters
 from tidegate.counters.handle_text import ID, handle_of, is_counter, text_of
+from tidegate.counters.watched import WatchedSet
 from tidegate.decision import Decision, clip
 from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds
 from tidegate.policy.limits import MAX_AMOUNT
@@ -44,12 +45,16 @@ class HeldCounter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         name: the rest of its key.
         parameters: of its limits, as the scripts take them.
         record: what was charged; empty where nothing was.
+        watched: its limits, where any of their thresholds was watched when the hold was opened.
+        subject: that it counts; empty where it is not watched.
     """
 
     tag: bytes
     name: bytes
     parameters: bytes
     record: bytes
+    watched: WatchedSet | None = None
+    subject: str = ""
 
 
 class HoldAccount(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -146,7 +151,7 @@ def _is_plausible(handle: HoldHandle) -> bool:
         and len(handle.rule or "") <= MAX_NAME
         and (handle.account is None or _is_plausible_account(handle.account))
         and all(handle.parts)
-        and all(map(is_counter, counters))
+        and all(is_counter(each) and len(each.subject) <= MAX_NAME and each.subject.isprintable() for each in counters)
     )
 
 

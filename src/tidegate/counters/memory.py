@@ -27,8 +27,6 @@ class MemoryCounters(MemoryReservations, MemoryHolds):
     """
 
     immediate = True
-    watch: CrossingWatch | None = None
-    """Finds thresholds that charges cross; None for none."""
 
     async def charge(self, charges: Sequence[Charge]) -> list[Decision]:
         """See `CounterStore.charge`; never raises `StoreUnavailable`."""

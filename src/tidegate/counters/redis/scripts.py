@@ -62,7 +62,9 @@ class Script(msgspec.Struct, frozen=True):
 
 
 @cache
-def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock", watched: bool = False) -> Script:
+def script(
+    work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock", watched: bool = False, crossings: bool = False
+) -> Script:
     """Put a script together.
 
     Args:
@@ -71,6 +73,8 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
         watched: whether a script that decides checks also replies what is left of each limit.
+        crossings: whether `settle_hold`, `adjust` or `absorb` replies in an array, with what is left of each limit before
+            and after, and the clock.
 
     Returns:
         The script.
@@ -90,7 +94,11 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
         parts.append(_read("tidegate.counters.redis", "decide"))
         parts.append(_read("tidegate.algorithms", "holds"))
         parts.append(_read("tidegate.counters.redis", "reclaim"))
+    if crossings:
+        parts.append(_read("tidegate.counters.redis", "crossings"))
     parts.append(_read("tidegate.counters.redis", work))
+    if crossings:
+        parts.append(_read("tidegate.counters.redis", "crossings_end"))
     source = "".join(parts).encode()
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
 
