@@ -78,6 +78,7 @@ class RateLimitMiddleware:
         key_sources: where requests carry API keys, such as `("header:X-API-Key", "bearer", "query:api_key")`; the first that a
             request has decides.
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
+        window_headers: with `policy`, whether `RateLimit` has every limit of a request: each is read once more from the store.
 
     Raises:
         SettingsError: unless exactly one of `gate`, `policy` and `default_limits` is given, or for a pattern that no path can
@@ -102,6 +103,7 @@ class RateLimitMiddleware:
         default_limits: str | Sequence[str] | limit | None = None,
         key: str | Callable[..., object] | None = None,
         key_sources: Iterable[str] = DEFAULT_SOURCES,
+        window_headers: bool = False,
     ) -> None:
         if sum(each is not None for each in (gate, policy, default_limits)) != 1:
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate', 'policy' and 'default_limits'")
@@ -115,7 +117,7 @@ class RateLimitMiddleware:
         if policy is not None:
             loaded = policy if isinstance(policy, Policy) else load_policy(Path(policy))
             store = open_counters(counters) if isinstance(counters, str) else counters
-            gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe)
+            gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe, all_windows=window_headers)
         assert gate is not None
         self.gate = gate
         self._owns_counters = policy is not None and isinstance(counters, str)

@@ -204,7 +204,13 @@ class Instance:
         recorders = CheckRecorders(settings, self.metrics, self.catalog.database)
         counted = self._counted()  # before the observer: it starts tracing, which observes checks too
         observer = self._observer(recorders, access)
-        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * settings.catalog.timeout_s)
+        gate = Gate(
+            self.cached,
+            counted,
+            observer,
+            lookup_timeout_s=2 * settings.catalog.timeout_s,
+            all_windows=settings.server.window_headers,
+        )
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._stack.push_async_callback(gate.tokens.close)
