@@ -83,6 +83,8 @@ def script(
     needed = {part for name in names for part in _NEEDS[name]} | {"arithmetic"}
     # First of all the clock: what tests put there may also stand between the script and Redis.
     parts = [clock if " " in clock else _read("tidegate.counters.redis", clock), "local algorithms = {}\n"]
+    # Redis makes the functions of a script on each call: those that only `absorb` needs are made there alone.
+    parts.append(f"local absorbs = {str(work == 'absorb').lower()}\n")
     parts += [_read("tidegate.algorithms", part) for part in _SHARED if part in needed]
     parts += [_read("tidegate.algorithms", name) for name in names]
     if work in ("lease", "give_back"):
