@@ -125,6 +125,20 @@ class CallerIdentity(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     customer: str | None
 
 
+class WindowLeft(msgspec.Struct, frozen=True, gc=False):
+    """What remains of one limit of a check.
+
+    Args:
+        limit: the limit.
+        remaining: units of cost left under it.
+        reset_after_us: µs until nothing that was consumed under it counts any more.
+    """
+
+    limit: Limit
+    remaining: int
+    reset_after_us: int
+
+
 class Decision(msgspec.Struct, frozen=True, gc=False):
     """The answer to a check. Times are integer µs inside; the properties give seconds.
 
@@ -141,6 +155,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         overage: units of the check that pass above a quota or a soft limit, at most its cost, and 0 where none do; of a check of
             cost 0, all units above the quota so far.
         caller: who the check was from; None where neither an API key nor a customer is known.
+        windows: what remains of every limit of the check, where headers name them all; empty where not.
     """
 
     allowed: bool
@@ -154,6 +169,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     unlimited_tier: str | None = None
     overage: int = 0
     caller: CallerIdentity | None = None
+    windows: tuple[WindowLeft, ...] = ()
 
     @property
     def limit(self) -> int | None:
@@ -195,7 +211,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         """The limit headers of an HTTP response, and `Retry-After` of a denial; names in lower case. None where no rule applies.
 
         `RateLimit-Policy` and `RateLimit` follow draft-ietf-httpapi-ratelimit-headers-10; `X-RateLimit-Reset` is in unix seconds.
-        Seconds are rounded up: a client that waits for `Retry-After` is never early.
+        Seconds are rounded up: a client that waits for `Retry-After` is never early. `RateLimit` has the limit with the least
+        left first, then the others where `windows` has them.
         """
         binding = self.binding
         if binding is None or self.limits is None:
@@ -204,7 +221,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         policy, label, limit = header_parts(self.limits, binding)
         headers = [
             policy,
-            ("ratelimit", f"{label};r={self.remaining};t={-(-reset_us // US_PER_S)}"),
+            ("ratelimit", f"{label};r={self.remaining};t={-(-reset_us // US_PER_S)}{self._other_windows(label)}"),
             limit,
             ("x-ratelimit-remaining", str(self.remaining)),
             ("x-ratelimit-reset", str(-(-(self.at_us + reset_us) // US_PER_S))),
@@ -212,6 +229,15 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         if not self.allowed and self.retry_after_us is not None:
             headers.append(("retry-after", str(-(-self.retry_after_us // US_PER_S))))
         return headers
+
+    def _other_windows(self, label: str) -> str:
+        """The members of `RateLimit` after the first one, whose name is given."""
+        members = []
+        for each in self.windows:
+            name = f'"{each.limit.label or each.limit.text}"'
+            if name != label and not any(character in name for character in "\r\n"):
+                members.append(f", {name};r={each.remaining};t={-(-each.reset_after_us // US_PER_S)}")
+        return "".join(members)
 
 
 _HEADER_PARTS: Final[dict[LimitSet, tuple[Limit, tuple[tuple[str, str], str, tuple[str, str]]]]] = {}

@@ -56,6 +56,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         log_level: debug, info, warning or error.
         log_format: json (one line per event, Elastic Common Schema), text, or auto: text for a terminal, else json.
         access_log_sample: share of the requests to /v1/ of the data plane and of the gRPC calls that are logged.
+        window_headers: whether `RateLimit` has every limit and quota of a check, not the one with the least left alone.
     """
 
     http: str = "127.0.0.1:8080"
@@ -73,6 +74,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Annotated[str, Choice("debug", "info", "warning", "error")] = "info"
     log_format: Annotated[str, Choice("auto", "json", "text")] = "auto"
     access_log_sample: Annotated[float, Range(0, 1)] = 0.0
+    window_headers: bool = False
 
 
 class TlsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

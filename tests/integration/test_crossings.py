@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 
 from tests.conftest import Clock
 from tests.integration.test_lua_twins import CLOCK_BY_ARGUMENT, HELD, KEYS, asked, limit_set
+from tests.moments import until
 from tests.servers.redis_server import RedisServer
+from tests.servers.tcp_proxy import TcpProxy
+from tidegate.breaker import BreakerOptions
 from tidegate.counters import Charge, GrantingDecision, LeaseRequest
 from tidegate.counters.crossings import Crossing, CrossingWatch
+from tidegate.counters.degraded import GuardOptions
+from tidegate.counters.guarded import GuardedCounters
+from tidegate.counters.holds import HoldHandle
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.scripts import parameters, script
 from tidegate.counters.redis.store import RedisCounters
+from tidegate.decision import Decision
 from tidegate.policy.limits import Algorithm, AnyAlgorithm, Limit, LimitSet, QuotaAlgorithm
 from tidegate.policy.periods import PeriodAnchor
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
@@ -152,3 +159,86 @@ async def test_of_many_that_race_one_finds_each_crossing(redis_server: RedisServ
     assert sorted(_percents(found, subject)) == [(50, 25), (80, 40), (100, 50)]
     for each in stores:
         await each.store.close()
+
+
+@pytest.mark.parametrize("algorithm", [each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET])
+async def test_settlements_report_what_they_charge_beyond_the_reservation(
+    redis_server: RedisServer, algorithm: Algorithm
+) -> None:
+    """At an instance that has never seen the limits, once, and as in memory."""
+    opener, settler = Watched(redis_server.url), Watched(redis_server.url)
+    rule, soft = LimitSet("rule", algorithm, [Limit.parse("20/day")], rule="a", tier="pro"), _soft("soft")
+    subject = f"c:{next(KEYS)}"
+    counters = ((rule, subject), (QUOTAS, subject), (soft, subject))
+    memory = MemoryCounters()
+    in_memory: list[Crossing] = []
+    memory.watch = CrossingWatch(lambda limits, limit: PERCENTS[1:], in_memory.append)
+    for cost, used in ((3, 1), (2, 9), (1, 30)):
+        decision, hold = await opener.store.open_hold(counters, cost, 60_000_000)
+        _, twin = memory.open_hold_now(counters, cost, 60_000_000)
+        assert hold is not None
+        assert twin is not None
+        assert decision.allowed
+        handle = HoldHandle.of(hold.text)
+        for _ in range(2):
+            await settler.store.settle_hold(handle, used)
+            memory.settle_hold_now(twin, used)
+    assert sorted(_seen(opener.found + settler.found)) == sorted(_seen(in_memory))
+    assert {(each.limits.name, each.limit.text, each.percent) for each in settler.found} >= {
+        ("quotas/", "9/day", 100),
+        ("quotas/", "30/month", 100),
+        ("rule", rule.limits[0].text, 100),
+    }
+    assert len({(each.limits.name, each.limit.text, each.percent) for each in settler.found}) == len(settler.found)
+    await settler.store.close()
+    await opener.store.close()
+
+
+def _soft(name: str) -> LimitSet:
+    return LimitSet(name, Algorithm.FIXED_WINDOW, [Limit.parse("2/day")], rule="b", tier="pro", soft=True)
+
+
+async def test_adjustments_report_what_they_charge(watched: Watched) -> None:
+    limits, subject = limit_set(Algorithm.SLIDING_WINDOW, ["10/day"], "ten"), f"k:{next(KEYS)}"
+    for units in (4, 5, -8, 0, 12):
+        await watched.store.adjust(((limits, subject),), units)
+    assert _percents(watched.found, subject) == [(50, 9), (80, 9), (50, 10), (80, 10), (100, 10)]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Algorithm.FIXED_WINDOW, Algorithm.SLIDING_LOG, Algorithm.TOKEN_BUCKET, QuotaAlgorithm.QUOTA]
+)
+async def test_what_was_admitted_during_an_outage_is_reported_when_it_is_added(
+    redis_server: RedisServer, algorithm: AnyAlgorithm
+) -> None:
+    """Two instances decide for themselves; the one whose addition reaches a threshold reports it, once."""
+    limits = limit_set(algorithm, ["10/day"], f"debt {algorithm}") if isinstance(algorithm, Algorithm) else QUOTAS
+    counter = (limits, f"c:{next(KEYS)}")
+    found: list[Crossing] = []
+    async with TcpProxy(redis_server.port) as proxy:
+        guards = []
+        for _ in range(2):
+            store = RedisCounters(proxy.url, 5)
+            store.watch = CrossingWatch(lambda limits, limit: PERCENTS[1:], found.append)
+            guards.append(GuardedCounters(store, GuardOptions(breaker=BreakerOptions(failures=3, window_s=10, open_s=0.3))))
+        for guard in guards:
+            await guard.start()
+            await guard.charge((Charge((counter,)),))
+        proxy.refuse = True
+        proxy.drop_all()
+        for guard in guards:
+            await until(lambda guard=guard: not guard.store.connections()[0].up)  # type: ignore[misc]
+            for _ in range(3):
+                (decision,) = await guard.charge((Charge((counter,)),))
+                assert isinstance(decision, Decision)
+                assert (decision.degraded, decision.allowed) == (True, True)
+        assert found == []
+        proxy.refuse = False
+        for guard in guards:
+            await until(lambda guard=guard: guard.put_back == 1 and not guard.owed)  # type: ignore[misc]
+        text = limits.limits[0].text
+        assert [(each.limit.text, each.percent, each.subject) for each in found] == [
+            (text, percent, counter[1]) for percent in (50, 80)
+        ]
+        for guard in guards:
+            await guard.close()

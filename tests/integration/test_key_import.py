@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from tests.integration.catalog_keys import editor_of
 from tests.integration.cli_ways import POLICY, TOKEN, Runner, over_api, with_catalog
+from tidegate.admin.customers import create_customer
 from tidegate.admin.import_export import import_policy
 from tidegate.admin.key_import import KeyImport, KeyImportRequest, import_keys
 from tidegate.admin.lists import list_keys
+from tidegate.admin.models.customers import CustomerCreate
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.sql.catalog import SqlCatalog
+from tidegate.catalog.sql.tables import audit_log
 from tidegate.counters.memory import MemoryCounters
 from tidegate.decision import Check
 from tidegate.gate.gate import Gate
@@ -138,5 +142,28 @@ async def test_conflicts_are_reported_and_imported_keys_decide(catalog_url: str)
         decision = await Gate(cached, MemoryCounters()).check(Check.of("/api/a", api_key="old-599"))
         assert (decision.tier, decision.limit) == ("free", 100)
         assert len((await list_keys(editor, 500, None)).items) == 500
+    finally:
+        await catalog.close()
+
+
+async def test_the_audit_log_has_each_key_as_it_is_read(catalog_url: str) -> None:
+    catalog = await SqlCatalog.open(catalog_url)
+    try:
+        editor = editor_of(catalog, CachedCatalog(catalog))
+        await import_policy(editor, "test", parse_policy(POLICY))
+        await create_customer(editor, "test", CustomerCreate(name="acme", tier="premium"))
+        keys = [
+            KeyImport(sha256=hash_api_key("plain"), tier="free"),
+            KeyImport(sha256=hash_api_key("named"), tier="premium", name="Åsa", expires_at="2099-01-31T00:00:00Z"),
+            KeyImport(sha256=hash_api_key("of a customer"), customer="acme"),
+            KeyImport(sha256=hash_api_key("of both"), customer="acme", tier="free"),
+        ]
+        assert (await import_keys(editor, "test", KeyImportRequest(keys=keys))).imported == 4
+        read = {key.id: key.audited() for key in (await list_keys(editor, 500, None)).items}
+        async with catalog.database.reading() as connection:
+            rows = (await connection.execute(select(audit_log).where(audit_log.c.action == "import"))).mappings().all()
+        logged = {row["target"]: row["after"] for row in rows if row["kind"] == "api_key" and row["target"] in read}
+        imported = {hash_api_key(text)[:24] for text in ("plain", "named", "of a customer", "of both")}
+        assert {key: logged[key] for key in imported} == {key: read[key] for key in imported}
     finally:
         await catalog.close()

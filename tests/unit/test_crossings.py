@@ -6,8 +6,9 @@ import pytest
 
 from tidegate.counters.crossings import Crossing, CrossingWatch
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.watched import WatchedSet
 from tidegate.notifications.events import crossing_key, threshold_event, window_of
-from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.policy.limits import Algorithm, ConcurrencyAlgorithm, Limit, LimitSet
 from tidegate.policy.periods import PeriodAnchor
 from tidegate.policy.quotas import CompiledQuotas, Overage, Quota
 
@@ -123,3 +124,77 @@ def test_without_thresholds_nothing_is_computed() -> None:
     assert not counters.watch.watches(((limits, "k:1"),))
     counters.charge_all(((limits, "k:1"),), 2)
     assert found == []
+
+
+@pytest.mark.parametrize("algorithm", [each for each in Algorithm if each is not Algorithm.LEAKY_BUCKET])
+def test_a_settlement_reports_what_is_crossed_beyond_its_reservation(algorithm: Algorithm) -> None:
+    counters, _, found = _counters(50, 80, 100)
+    limits = _limits(algorithm, "10/minute")
+    _, hold = counters.open_hold_now(((limits, "k:1"),), 2, 60_000_000)
+    assert hold is not None
+    assert _seen(found) == []
+    counters.settle_hold_now(hold, 9)
+    text = limits.limits[0].text
+    assert _seen(found) == [(text, 50, 9), (text, 80, 9)]
+    counters.settle_hold_now(hold, 9)
+    counters.adjust_now(((limits, "k:1"),), 4)
+    assert [each.percent for each in found] == [50, 80, 100], "settled again, nothing is charged; adjusted, 13 of 10"
+    counters.adjust_now(((limits, "k:1"),), -3)
+    assert len(found) == 3
+
+
+def test_a_hold_that_expired_is_charged_and_reported_when_it_is_settled() -> None:
+    counters, clock, found = _counters(100)
+    limits = _limits(Algorithm.FIXED_WINDOW, "10/minute")
+    _, hold = counters.open_hold_now(((limits, "k:1"),), 2, 1_000_000)
+    assert hold is not None
+    clock.now_us += 61_000_000
+    assert counters.settle_hold_now(hold, 10).late
+    assert _seen(found) == [("10/minute", 100, 10)]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        _limits(Algorithm.SLIDING_WINDOW, "10/minute", "100/month"),
+        _limits(Algorithm.TOKEN_BUCKET, "10/minute burst 20", soft=True),
+        CompiledQuotas((Quota.parse("9/day"), Quota.parse("30/month")), Overage(50), None, "pro").of(
+            PeriodAnchor.make("2026-01-31", "Europe/Berlin")
+        ),
+        CompiledQuotas((Quota.parse("9/day"),), None, "a", "pro", counter="a of pro").of(PeriodAnchor()),
+    ],
+    ids=["limits", "soft bucket", "quotas", "quotas of a rule"],
+)
+def test_the_id_of_a_hold_names_watched_limits_as_crossings_do(limits: LimitSet) -> None:
+    watched = WatchedSet.of(limits)
+    assert watched is not None
+    rebuilt = watched.limit_set()
+    assert rebuilt is not None
+    events = [
+        threshold_event(Crossing(each, limit, "c:1", 80, 8, START_US)) for each in (limits, rebuilt) for limit in each.limits
+    ]
+    half = len(events) // 2
+    assert events[:half] == events[half:]
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        WatchedSet("pro:a", "loops", "pro", "a", ("1/minute",)),
+        WatchedSet("pro:a", "fixed_window", "pro", "a", ("many",)),
+        WatchedSet("pro:a", "fixed_window", "pro", "a", ()),
+        WatchedSet("pro:a", "quota", "pro", None, ("9/day",), anchor=(1, 1, 0, "UTC")),
+        WatchedSet("quotas/", "quota", "pro", None, ("9/day",), anchor=(13, 1, 0, "UTC")),
+        WatchedSet("quotas/", "quota", "pro", None, ("9/day",), anchor=(1, 1, 0, "../etc")),
+        WatchedSet("quotas/", "quota", "pro", None, (), anchor=(1, 1, 0, "UTC")),
+    ],
+    ids=["algorithm", "limit", "no limits", "name", "month", "zone", "no quotas"],
+)
+def test_what_no_instance_made_names_nothing(forged: WatchedSet) -> None:
+    assert forged.limit_set() is None
+
+
+def test_limits_that_no_settlement_charges_are_not_named() -> None:
+    slots = LimitSet("pro:a", ConcurrencyAlgorithm.CONCURRENT, [Limit.parse("3 concurrent")], tier="pro")
+    assert WatchedSet.of(slots) is None
+    assert WatchedSet.of(_limits(Algorithm.FIXED_WINDOW, "1/minute", name="n" * 600)) is None

@@ -34,7 +34,7 @@ local function fixed_window_decide(held, at, fresh, now, cost, window, amount)
   return false, math.max(free, 0), ends - now, cost <= amount and ends - now or -1
 end
 
-local function fixed_window_merge(mine, other)
+local fixed_window_merge = absorbs and function(mine, other)
   local begins = mine and math.abs(mine[1])
   if not mine or other[1] > begins then
     return {other[1], math.max(other[2], 0)}

@@ -2,6 +2,11 @@
 -- A window is named by its seconds, a calendar month by 0, a year by -1; so a rule that gains or loses a window keeps what the others hold.
 -- Moments that are whole seconds are kept in seconds: five bytes instead of nine.
 
+local function packed_load(key)
+  local value = redis.call('GET', key)
+  return value and {cmsgpack.unpack(value)} or {}
+end
+
 -- Decides on the state of a window that is reserved and has not begun: its start is below 0. Until it begins nothing passes.
 local function decide_reserved(decide, held, at, fresh, now, cost, ...)
   local start, n = -held[at + 1], #fresh
@@ -29,10 +34,7 @@ end
 -- `carried` names an entry that is no window's and stays whatever is charged. `kept` has for a window how long its state is kept
 -- at least, ms. Both are optional, and so are the entries of `kept`.
 local function packed(name, width, parameters, decide, merge, carried, kept)
-  local function load(key)
-    local value = redis.call('GET', key)
-    return value and {cmsgpack.unpack(value)} or {}
-  end
+  local load = packed_load
 
   -- Where the state of a window begins in what was loaded; nil where it has none.
   local function find(held, window)
@@ -46,14 +48,17 @@ local function packed(name, width, parameters, decide, merge, carried, kept)
   local function save(key, _, fresh, ttl)
     if kept then
       for at = 1, #fresh, width + 1 do
-        ttl = math.max(ttl, kept[fresh[at]] or 0)
+        local least = kept[fresh[at]]
+        if least and least > ttl then
+          ttl = least
+        end
       end
     end
     redis.call('SET', key, cmsgpack.pack(unpack(fresh)), 'PX', ttl)
   end
 
   -- Adds states of elsewhere: `others` has for each window of `config` its state, or false.
-  local function absorb(key, config, others, now)
+  local absorb = absorbs and function(key, config, others, now)
     local held, states, longest = load(key), {}, 0
     local extra = carried and find(held, carried)
     if extra then

@@ -4,7 +4,7 @@
 -- this server's clock picks the period. Beyond them periods are as long as the nearest one that is known.
 
 -- Days for which a state is kept, ms; nil until its period ends.
-local QUOTA_KEPT = {[4] = 172800000, [5] = 777600000, [6] = 2851200000, [7] = 31795200000}
+local QUOTA_KEPT = {nil, nil, nil, 172800000, 777600000, 2851200000, 31795200000}
 
 local function quota_period(now, boundaries)
   if type(boundaries) == 'number' then
@@ -46,7 +46,7 @@ local function quota_decide(held, at, fresh, now, cost, window, amount, most, bo
   return false, math.max(amount - used, 0), ends - now, cost <= most and ends - now or -1
 end
 
-local function quota_merge(mine, other, _, _, _, boundaries)
+local quota_merge = absorbs and function(mine, other, _, _, _, boundaries)
   mine = mine or {other[1], 0}
   local last = math.max(mine[1], other[1])
   local start = quota_period(last * 1000000, boundaries) / 1000000

@@ -89,7 +89,7 @@ local function sliding_window_at(state, start, window)
   return 0, state[1] == before and state[2] or 0
 end
 
-local function sliding_window_merge(mine, other, window)
+local sliding_window_merge = absorbs and function(mine, other, window)
   mine = mine or {other[1], 0, 0}
   local sign = mine[1] < 0 and -mine[1] >= other[1] and -1 or 1
   mine[1] = math.abs(mine[1])

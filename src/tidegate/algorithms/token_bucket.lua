@@ -99,7 +99,7 @@ local function bucket_decide(held, at, fresh, now, cost, window, burst, scale, r
 end
 
 -- A refund's level is below 0 and does not drain.
-local function bucket_merge(mine, other, _, _, scale, rate, held, where)
+local bucket_merge = absorbs and function(mine, other, _, _, scale, rate, held, where)
   local at, level = other[4], 0
   if mine then
     at = math.max(mine[4], other[4])

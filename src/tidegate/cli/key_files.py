@@ -20,7 +20,7 @@ DIGESTS: Final = ("sha256", "hmac_sha256")
 COLUMNS: Final = ("key", *DIGESTS, "tier", "customer", "name", "expires_at")
 MAX_LINE: Final = 16_384
 BATCH_SIZE: Final = 500
-"""Keys of one request: with the longest names it is half of what the admin API reads."""
+"""Keys of one request over the admin API: with the longest names it is half of what the admin API reads."""
 
 
 class FileUnreadable(TidegateError):

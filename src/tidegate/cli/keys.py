@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from tidegate.admin.key_import import KeyImport, KeyImportRequest, KeyImportResult
+from tidegate.admin.key_import import MAX_KEYS, KeyImport, KeyImportRequest, KeyImportResult
 from tidegate.admin.models import KeyCreate, KeyRead, KeyRotated, LimitOverride, Name, Reason, RevokeRequest, TierName
 from tidegate.admin.models.customers import CustomerName
 from tidegate.cli.client_tls import CaOption, CertKeyOption, CertOption, ClientTls
@@ -104,7 +104,7 @@ def import_file(
 
     async def work(keys: ApiKeys) -> ImportSummary:
         summary = ImportSummary()
-        for batch in in_batches(read_key_file(file, tier), BATCH_SIZE):
+        for batch in in_batches(read_key_file(file, tier), MAX_KEYS if url is None else BATCH_SIZE):
             summary.add_invalid((row.line, row.key) for row in batch if isinstance(row.key, str))
             valid = [(row.line, row.key) for row in batch if isinstance(row.key, KeyImport)]
             if valid:

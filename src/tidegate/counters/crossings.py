@@ -7,8 +7,8 @@ A crossing is found once for each time that the use of a limit rises over the th
 again in the same window. Leased units count as used from the grant on, so a lease may cross a threshold before its units are
 used; a lease never takes the last units, so 100 % is exact. A charge that several shards share is reported by each shard as it
 charges, also if the charge is refunded because another shard denied it. What the fallback admits while the store is unavailable
-is not reported, and neither is its addition to the store afterwards. Units that a hold reserves count as used from the moment it
-opens, which reports what they cross; what a settlement charges beyond them is not reported.
+is reported once it is added to the store. Units that a hold reserves count as used from the moment it opens, which reports what
+they cross; its settlement reports what is crossed by units beyond them, or by all of them where the hold had expired.
 """
 
 from __future__ import annotations
@@ -94,6 +94,23 @@ class CrossingWatch:
             for percent, units in thresholds:
                 if used - charged < units <= used:
                     self._on_crossing(Crossing(limits, limit, subject, percent, used, at_us))
+
+    def note_change(
+        self, counters: Sequence[tuple[LimitSet, str]], before: Sequence[int | None], after: Sequence[int | None], at_us: int
+    ) -> None:
+        """Find the crossings of units that were charged whatever the limits said.
+
+        Args:
+            before: of all limits of the counters, in order, what was left before, below 0 above a limit; None where not charged.
+            after: the same afterwards.
+            at_us: the store's clock.
+        """
+        changes = iter(zip(before, after, strict=True))
+        for limits, subject in counters:
+            for limit, (old, new) in zip(limits.limits, changes, strict=False):
+                if old is not None and new is not None and new < old:
+                    left = [new if each is limit else None for each in limits.limits]
+                    self.note(limits, subject, left, old - new, at_us)
 
     def note_all(self, counters: Sequence[tuple[LimitSet, str]], left: Sequence[int | None], charged: int, at_us: int) -> None:
         """As `note`, for all counters of a charge.

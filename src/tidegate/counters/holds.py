@@ -18,6 +18,7 @@ import msgspec
 
 from tidegate.counters import Counters
 from tidegate.counters.handle_text import ID, TO_STANDARD, handle_of, is_counter, text_of
+from tidegate.counters.watched import WatchedSet
 from tidegate.decision import Decision
 from tidegate.errors import BadRequest, HoldEnded, HoldNotFound, TooManyHolds, clip
 from tidegate.policy.limits import MAX_AMOUNT
@@ -44,12 +45,16 @@ class HeldCounter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         name: the rest of its key.
         parameters: of its limits, as the scripts take them.
         record: what was charged; empty where nothing was.
+        watched: its limits, where any of their thresholds was watched when the hold was opened.
+        subject: that it counts; empty where it is not watched.
     """
 
     tag: bytes
     name: bytes
     parameters: bytes
     record: bytes
+    watched: WatchedSet | None = None
+    subject: str = ""
 
 
 class HoldAccount(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -141,6 +146,9 @@ def _is_plausible(handle: HoldHandle) -> bool:
     for part in handle.parts:
         if not part or not all(map(is_counter, part)):
             return False
+        for counter in part:
+            if counter.subject and (len(counter.subject) > MAX_NAME or not counter.subject.isprintable()):
+                return False
     return (
         ID.fullmatch(handle.id) is not None
         and 0 <= handle.cost <= MAX_AMOUNT

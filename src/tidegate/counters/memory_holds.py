@@ -5,7 +5,8 @@ A hold costs about 110 bytes while it is open, and 90 for two minutes after it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any, Final
 
@@ -220,19 +221,29 @@ class MemoryHolds(MemoryUnits):
                 if settled is not None:
                     return settled
         state = rows.state[row]
+        if self.watch is not None and state in (OPEN, EXPIRED):
+            counters = tuple((counter.limits, counter.subject) for counter, levels in self._charged(row) if levels is not None)
+            with self._change_noted(counters, now):
+                self._settle_row(row, state, handle.cost, cost, success, now)
+        else:
+            self._settle_row(row, state, handle.cost, cost, success, now)
+        late = state in (EXPIRED, SETTLED_LATE)
+        if state in (OPEN, EXPIRED):
+            return self._settlement(row, cost, late=late)
+        return self._settlement(row, rows.cost[row], late=late, repeated=True)
+
+    def _settle_row(self, row: int, state: int, reserved: int, cost: int, success: bool, now: int) -> None:
+        """Charge what a hold used, unless it was settled before."""
         if state == OPEN:
             self._settle_open(row, cost, success, now)
         elif state == EXPIRED:
-            used = handle.cost if self._counts_failures(row) else cost
+            used = reserved if self._counts_failures(row) else cost
             for counter, levels in self._charged(row):
                 if counter.limits.failures is not None:
                     self._settle_failures(counter.limits, counter.subject, cost, success, now)
                 elif used and levels is not None:
                     self._charge_beyond(counter.limits, counter.subject, used, now)
             self._end(row, SETTLED_LATE, cost, now + EXPIRED_KNOWN_US)
-        else:
-            return self._settlement(row, rows.cost[row], late=state == SETTLED_LATE, repeated=True)
-        return self._settlement(row, cost, late=state == EXPIRED)
 
     def _settle_plain(self, row: int, cost: int, now: int) -> HoldSettlement | None:
         """Settle an open hold in the common case: counters of one limit each, and no more used than reserved. None in others."""
@@ -343,12 +354,45 @@ class MemoryHolds(MemoryUnits):
         """See `AdjustingCounterStore.adjust`."""
         now = self._clock()
         self._expire_holds(now)
+        if self.watch is not None and units > 0:
+            with self._change_noted(counters, now):
+                self._adjust(counters, units, now)
+        else:
+            self._adjust(counters, units, now)
+        return of_adjustment(self.charge_all(counters, 0), units)
+
+    def _adjust(self, counters: Counters, units: int, now: int) -> None:
         for limits, subject in counters:
             if units > 0:
                 self._charge_beyond(limits, subject, units, now)
             elif units < 0:
                 self._refund(limits, subject, -units, now)
-        return of_adjustment(self.charge_all(counters, 0), units)
+
+    @contextmanager
+    def _change_noted(self, counters: Counters, now: int) -> Iterator[None]:
+        """Report the thresholds that are crossed within, by units charged whatever the limits say."""
+        watch = self.watch
+        watched = tuple(
+            (limits, subject)
+            for limits, subject in counters
+            if watch is not None and limits.algorithm not in IN_PROGRESS and watch.marks(limits)
+        )
+        before = self._left(watched, now)
+        yield
+        if watch is not None and watched:
+            watch.note_change(watched, before, self._left(watched, now), now)
+
+    def _left(self, counters: Counters, now: int) -> list[int]:
+        """What is left of each limit of some counters, below 0 above a quota."""
+        left: list[int] = []
+        for limits, subject in counters:
+            compiled = self._prepare(limits)
+            stored = self._shards[hash(compiled.token + subject) & 255].get(compiled.token + subject)
+            if not stored and compiled.other_layouts:
+                stored = self._inherit(compiled, subject) or stored
+            states = zip(limits.limits, compiled.unpack(stored), strict=True)
+            left += [compiled.decide(limit, state, now, 0)[1] for limit, state in states]
+        return left
 
     async def adjust(self, counters: Counters, units: int) -> Decision:
         """See `AdjustingCounterStore.adjust`."""

@@ -80,6 +80,7 @@ class RateLimitMiddleware:
             request has decides.
         decode_unreserved: whether `%7E` is read as `~`, and so on; refused where not given.
         leases: with a URL of Redis, whether units are leased; by default as `TIDEGATE_LEASES__ENABLED` says, else yes.
+        window_headers: with `policy`, whether `RateLimit` has every limit of a request: each is read once more from the store.
 
     Raises:
         SettingsError: unless exactly one of `gate`, `policy` and `default_limits` is given, or for a pattern that no path can
@@ -105,6 +106,7 @@ class RateLimitMiddleware:
         key: str | Callable[..., object] | None = None,
         key_sources: Iterable[str] = DEFAULT_SOURCES,
         leases: bool | None = None,
+        window_headers: bool = False,
     ) -> None:
         if sum(each is not None for each in (gate, policy, default_limits)) != 1:
             raise SettingsError("RateLimitMiddleware needs exactly one of 'gate', 'policy' and 'default_limits'")
@@ -120,7 +122,7 @@ class RateLimitMiddleware:
         if policy is not None:
             loaded = policy if isinstance(policy, Policy) else load_policy(Path(policy))
             store = open_embedded(counters, leases) if isinstance(counters, str) else counters
-            gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe)
+            gate = Gate(CachedCatalog(PolicyCatalog(loaded)), store, observe, all_windows=window_headers)
         assert gate is not None
         self.gate = gate
         self._owns_counters = policy is not None and isinstance(counters, str)

@@ -69,14 +69,12 @@ class LimitRequests:
         Raises:
             StoreUnavailable: for a single check, if the counter store fails and the namespace says deny.
         """
-        outcomes = iter(await self._limits.check_many([each for each in checks if isinstance(each, LimitCheck)]))
-        results: list[Decision | TidegateError] = [next(outcomes) if isinstance(each, LimitCheck) else each for each in checks]
-        if scope.path == LIMIT:
-            decision = results[0]
-            if isinstance(decision, TidegateError):
-                raise decision
+        if scope.path == LIMIT and isinstance(checks[0], LimitCheck):
+            decision = await self._limits.check(checks[0])
             headers = [*limit_headers(decision), JSON]
             return Prepared(200 if decision.allowed else 429, headers, encode(decision_body(decision)))
+        outcomes = iter(await self._limits.check_many([each for each in checks if isinstance(each, LimitCheck)]))
+        results: list[Decision | TidegateError] = [next(outcomes) if isinstance(each, LimitCheck) else each for each in checks]
         time_slice = TimeSlice()
         decisions = []
         for result in results:

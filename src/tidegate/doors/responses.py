@@ -148,6 +148,8 @@ def raw_limit_headers(decision: Decision) -> list[tuple[bytes, bytes]]:
     binding, limits = decision.binding, decision.limits
     if binding is None or limits is None:
         return []
+    if decision.windows:
+        return [(name.encode(), value.encode()) for name, value in decision.headers]
     known = _RAW.get(limits)
     if known is None or known[0] is not binding:
         if len(_RAW) >= _MAX_TEMPLATES:
@@ -185,6 +187,8 @@ def limit_lines(decision: Decision) -> bytes:
     binding, limits = decision.binding, decision.limits
     if binding is None or limits is None:
         return b""
+    if decision.windows:
+        return "".join(f"{name}: {value}\r\n" for name, value in decision.headers).encode()
     known = _TEMPLATES.get(limits)
     if known is None or known[0] is not binding:
         known = _template(limits, binding)

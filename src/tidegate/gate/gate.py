@@ -30,6 +30,7 @@ from tidegate.gate.reset import counters_by_attributes, counters_by_ip, counters
 from tidegate.gate.shadow import shadow_counters, shadow_denials
 from tidegate.gate.subjects import DescriptorCheck, shadow_subject
 from tidegate.gate.usage import caller_usage, reset_counters
+from tidegate.gate.windows import with_windows
 from tidegate.ip_addresses import client_of, ipv6_client
 from tidegate.jwt.tokens import Tokens
 from tidegate.observation import Observation, PassedCheck
@@ -54,6 +55,8 @@ class Gate:
         lookup_timeout_s: how long the callers of several checks of one request may take to be looked up together, s.
         observe_passed: callback run at the end of each turn for the checks of it that passed, in place of `observe`; see
             `begin_turn`.
+        all_windows: whether decisions have what remains of every limit, for headers: each check then calls the store twice, also
+            where a lease could decide it. Not those of `check_many`, which have no headers.
 
     Attributes:
         access: denies checks, and exempts them from limits, before anything is counted.
@@ -71,6 +74,8 @@ class Gate:
         wall_clock_ns: Callable[[], int] = time.time_ns,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
         observe_passed: PassedObserver | None = None,
+        *,
+        all_windows: bool = False,
     ) -> None:
         self.catalog = catalog
         self.counters = counters
@@ -80,14 +85,17 @@ class Gate:
         self.tokens = Tokens()
         self.access = AccessControl(catalog, lookup_timeout_s)
         self._lists = self.access.lists
-        self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access)
-        self.holds = Holds(counters, self.plan, self._tell, self._tell_error)
-        self.reservations = Reservations(counters, self.plan, self._tell, self._tell_error)
+        self.all_windows = all_windows
+        self.request_limits = RequestLimits(counters, catalog.namespaces, observe, self.access, all_windows=all_windows)
+        self.holds = Holds(counters, self.plan, self._tell, self._tell_error, all_windows=all_windows)
+        self.reservations = Reservations(counters, self.plan, self._tell, self._tell_error, all_windows=all_windows)
         self._callers = CallerLookup(catalog, wall_clock_ns, lookup_timeout_s)
         self._caller = self._callers.find
         self._find_cached = self._callers.find_cached
         self._charge_now: Callable[[tuple[tuple[LimitSet, str], ...], int], Decision | None] | None = None
-        if counters.immediate and isinstance(counters, ImmediateCounterStore):
+        if all_windows:
+            pass  # Every check waits for the second call.
+        elif counters.immediate and isinstance(counters, ImmediateCounterStore):
             self._charge_now = counters.charge_all
         elif isinstance(counters, LeasingCounterStore):
             self._charge_now = counters.charge_now
@@ -209,6 +217,8 @@ class Gate:
         if isinstance(decision, StoreUnavailable):
             self._tell_error(decision, latency_ns)
             raise decision
+        if self.all_windows:
+            [decision] = await with_windows(self.counters, ((decision, counters),))
         if caller.identity is not None:
             force_setattr(decision, "caller", caller.identity)
         observe = self._observe
@@ -235,6 +245,8 @@ class Gate:
         decided = self._tell(plan, charged, _clock_ns() - started_ns)
         if isinstance(decided, StoreUnavailable):
             raise decided
+        if self.all_windows and plan.decides:
+            [decided] = await with_windows(self.counters, ((decided, plan.charges[0].counters),))
         return decided
 
     def may_need_slot(self, check: Check) -> bool:
@@ -270,6 +282,11 @@ class Gate:
         started_ns = _clock_ns()
         settled = await (charge_all_or_none if whole else charge_independently)(self.counters, plans)
         self._tell_all(plans, settled, started_ns)
+        if self.all_windows:
+            charged = [plan.charges[0].counters if isinstance(plan, CheckPlan) and plan.decides else () for plan in plans]
+            outcomes = [each.outcome for each in settled]
+            outcomes = await with_windows(self.counters, tuple(zip(outcomes, charged, strict=True)))
+            settled = [replace(each, outcome=outcome) for each, outcome in zip(settled, outcomes, strict=True)]
         return settled
 
     async def adjust(self, plans: Sequence[tuple[CheckPlan | TidegateError, int]]) -> list[ChargeResult]:

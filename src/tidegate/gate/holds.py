@@ -27,6 +27,7 @@ from tidegate.decision import MAX_COST, Check, Decision
 from tidegate.errors import BadRequest, TidegateError, clip
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.request_limits import LimitCheck
+from tidegate.gate.windows import with_windows
 from tidegate.policy.failures import FailureCount
 from tidegate.policy.limits import IN_PROGRESS, Limit
 from tidegate.policy.quotas import UNBOUNDED, QuotaLimit
@@ -99,6 +100,7 @@ class Holds:
         plan: finds the limits of a check; charges nothing.
         report: called for each decided hold.
         report_error: called for each hold that was refused.
+        all_windows: see `Gate`.
 
     Attributes:
         on_settled: called for each hold that was settled for the first time; None for nothing.
@@ -110,7 +112,10 @@ class Holds:
         plan: Callable[[Check], Awaitable[CheckPlan]],
         report: Report,
         report_error: ReportError,
+        *,
+        all_windows: bool = False,
     ) -> None:
+        self._all_windows = all_windows
         self.figures = HoldFigures()
         self.on_settled: ReportSettled | None = None
         self._counters = counters
@@ -184,6 +189,8 @@ class Holds:
             raise
         held = handle is not None and handle.counted
         self._report(msgspec.structs.replace(plan, cost=cost, held=held), outcomes, time.perf_counter_ns() - started_ns)
+        if self._all_windows:
+            [decision] = await with_windows(self._counters, ((decision, counters),))
         return self._opened(decision, handle, cost, ttl, plan)
 
     async def open_limit(self, check: LimitCheck, ttl_s: object = DEFAULT_TTL_S, *, clamp: bool = False) -> OpenedHold:
@@ -214,6 +221,8 @@ class Holds:
             raise
         plan = CheckPlan(None, (Charge(counters, cost),), cost, held=handle is not None and handle.counted)
         self._report(plan, (decision,), time.perf_counter_ns() - started_ns)
+        if self._all_windows:
+            [decision] = await with_windows(self._counters, ((decision, counters),))
         return self._opened(decision, handle, cost, ttl, plan)
 
     async def settle(self, hold: object, cost: object, *, success: bool = False) -> HoldSettlement:

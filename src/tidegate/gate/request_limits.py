@@ -18,6 +18,7 @@ from tidegate.counters import Charge, ChargeOutcome, CounterStore
 from tidegate.decision import MAX_COST, Decision
 from tidegate.errors import BadRequest, PolicyError, StoreUnavailable, TidegateError, clip
 from tidegate.gate.access import AccessControl
+from tidegate.gate.windows import with_windows
 from tidegate.observation import Observation
 from tidegate.policy.fields import member_of
 from tidegate.policy.limits import Algorithm, Limit, LimitSet
@@ -61,7 +62,10 @@ class RequestLimits:
         load_namespaces: Callable[[], Awaitable[Mapping[str, CompiledNamespace]]],
         observe: Callable[[Observation], None] | None = None,
         access: AccessControl | None = None,
+        *,
+        all_windows: bool = False,
     ) -> None:
+        self._all_windows = all_windows
         self._counters = counters
         self.namespaces = load_namespaces
         self._observe = observe
@@ -145,6 +149,8 @@ class RequestLimits:
         [outcome] = await self.check_many([check])
         if isinstance(outcome, TidegateError):
             raise outcome
+        if self._all_windows and not check.exempt:
+            [outcome] = await with_windows(self._counters, ((outcome, ((check.limits, check.subject),)),))
         return outcome
 
     async def check_many(self, checks: Sequence[LimitCheck]) -> list[ChargeOutcome]:

@@ -32,6 +32,7 @@ from tidegate.errors import BadRequest, StoreUnavailable, TidegateError, clip
 from tidegate.gate.charging import CheckPlan
 from tidegate.gate.holds import Report, ReportError
 from tidegate.gate.request_limits import LimitCheck
+from tidegate.gate.windows import with_windows
 
 MAX_WAIT_S: Final = 3600
 """How far ahead a moment may be, s."""
@@ -59,6 +60,7 @@ class Reservations:
         plan: finds the limits of a check; charges nothing.
         report: called for each decided reservation.
         report_error: called for each reservation that was refused.
+        all_windows: see `Gate`.
     """
 
     def __init__(
@@ -67,7 +69,10 @@ class Reservations:
         plan: Callable[[Check], Awaitable[CheckPlan]],
         report: Report,
         report_error: ReportError,
+        *,
+        all_windows: bool = False,
     ) -> None:
+        self._all_windows = all_windows
         self._counters = counters
         self._plan = plan
         self._report = report
@@ -152,7 +157,10 @@ class Reservations:
         if place is None:
             assert plan.answer is not None, "nothing limits the check"
             return Place(plan.answer)
-        return Place(place.decision, place.wait_s, None if handle is None else handle.text)
+        decision = place.decision
+        if self._all_windows:
+            [decision] = await with_windows(self._counters, ((decision, plan.charges[0].counters),))
+        return Place(decision, place.wait_s, None if handle is None else handle.text)
 
     async def _reserve(self, counters: Counters, cost: int, ahead_us: int) -> tuple[Reservation, ReservationHandle | None]:
         if can_reserve([limits for limits, _ in counters]):

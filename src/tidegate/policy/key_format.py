@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import secrets
 import zlib
+from functools import lru_cache
 from typing import Final
 
 from tidegate.errors import PolicyError
 from tidegate.policy.fields import short
-from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, key_hash_as_set, key_hash_in_use
+from tidegate.policy.key_hash import HMAC_SHA256, PLAIN, KeyHash, key_hash_as_set, key_hash_in_use
 
 MAX_KEY: Final = 512
 """Maximum characters of an API key."""
@@ -132,9 +133,14 @@ def require_digest(field: str, value: object) -> str:
     command = "printf %s KEY | sha256sum" if field == PLAIN.field else "printf %s KEY | openssl dgst -sha256 -hmac PEPPER"
     if not isinstance(value, str) or not _SHA256.fullmatch(value.lower()):
         raise PolicyError(f"{field} {short(value)} must be 64 hex digits: {command}")
-    if value.lower() in [used.start(text).hexdigest() for text in _EMPTY]:
+    if value.lower() in _digests_of_nothing(used):
         raise PolicyError(f"{field} is the digest of no text at all, so no API key matches it: {command}")
     return value.lower()
+
+
+@lru_cache(maxsize=8)
+def _digests_of_nothing(used: KeyHash) -> frozenset[str]:
+    return frozenset(used.start(text).hexdigest() for text in _EMPTY)
 
 
 def _check_characters(body: str) -> str:

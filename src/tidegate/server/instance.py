@@ -215,7 +215,14 @@ class Instance:
         recorders = CheckRecorders(self.settings, self.metrics, self.catalog.database)
         counted = self._counted()  # before the observer: it starts tracing, which observes checks too
         observer, passed = self._observers(recorders, access)
-        gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * self.settings.catalog.timeout_s, observe_passed=passed)
+        gate = Gate(
+            self.cached,
+            counted,
+            observer,
+            lookup_timeout_s=2 * self.settings.catalog.timeout_s,
+            observe_passed=passed,
+            all_windows=self.settings.server.window_headers,
+        )
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._resources.on_close(gate.tokens.close)

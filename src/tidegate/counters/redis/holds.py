@@ -33,9 +33,10 @@ from tidegate.counters.redis.hold_ends import HoldEnds
 from tidegate.counters.redis.keyspace import hash_tag, name_of, slot_of_tag
 from tidegate.counters.redis.resp import encode_command
 from tidegate.counters.redis.scripts import Script, script
+from tidegate.counters.watched import MAX_TEXT, WatchedSet
 from tidegate.decision import Decision
 from tidegate.errors import StoreUnavailable
-from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, FailureAlgorithm, QuotaAlgorithm
+from tidegate.policy.limits import Algorithm, AnyAlgorithm, ConcurrencyAlgorithm, FailureAlgorithm, LimitSet, QuotaAlgorithm
 
 RunScript = Callable[[bytes, Script, bytes], Awaitable[Any]]
 """Runs a script, whose command is ready, on the server of a hash tag; raises `StoreUnavailable` where there is no reply."""
@@ -66,7 +67,7 @@ class RedisHolds:
         most: holds of one counter.
 
     Attributes:
-        watch: finds the thresholds that opening a hold crosses; None for none. The templates must be of the same.
+        watch: finds the thresholds that holds and adjustments cross; None for none. The templates must be of the same.
         ends: counts open holds.
     """
 
@@ -139,7 +140,10 @@ class RedisHolds:
             raise StoreUnavailable(f"unexpected reply from Redis to a hold: {shown(reply)}", reason="garbage")
         if left and cost and self.watch is not None:
             self.watch.note_all(counters, left[0], cost, decision.at_us)
-        return decision, tuple(map(HeldCounter, tags, template.names, template.parameters, records))
+        held = map(HeldCounter, tags, template.names, template.parameters, records)
+        if self.watch is None or not template.watched:
+            return decision, tuple(held)
+        return decision, tuple(_watched(each, self.watch, *counter) for each, counter in zip(held, counters, strict=True))
 
     async def _cancel(self, handle: HoldHandle) -> None:
         for part in handle.parts:
@@ -174,10 +178,11 @@ class RedisHolds:
         Args:
             ends: takes it off where it was settled in time; None where another part of the hold does.
         """
+        watched = self._watched_counters(part)
         if len(part) == 1:
             [held] = part
             sent: tuple[bytes, ...] = (held.parameters,)
-            work, head, middle = _settlement_of(sent)
+            work, head, middle = _settlement_of(sent, bool(watched))
             key = b"tg:{%b}%b" % (held.tag, held.name)
             command = b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n$12\r\n%b\r\n%b" % (
                 *(head, len(key), key, middle, len(held.record), held.record, raw_id(hold)),
@@ -185,12 +190,14 @@ class RedisHolds:
             )
         else:
             sent = tuple(each.parameters for each in part)
-            work, head, middle = _settlement_of(sent)
+            work, head, middle = _settlement_of(sent, bool(watched))
             keys = b"".join(encoded(_key(each.tag, each.name)) for each in part)
             records = b"".join(encoded(each.record) for each in part)
             command = b"".join((head, keys, middle, records, encoded(raw_id(hold)), _ending(cost, success)))
         reply = await self._run_late(part[0].tag, work, command)
         try:
+            if watched and type(reply[0]) is list:
+                reply = self._note_change(watched, reply)
             if reply[0] == 0:
                 return None
             status, charged, late, binding, least, reset, _, _ = reply
@@ -200,6 +207,26 @@ class RedisHolds:
         except (TypeError, ValueError, IndexError):
             raise StoreUnavailable(f"unexpected reply from Redis to a settlement: {shown(reply)}", reason="garbage") from None
 
+    def _watched_counters(self, part: Sequence[HeldCounter]) -> list[tuple[LimitSet | None, HeldCounter]]:
+        """The counters of a part with the limits whose thresholds are watched; none where no counter has any."""
+        if self.watch is None or not any(each.watched for each in part):
+            return []
+        return [(None if each.watched is None else each.watched.limit_set(), each) for each in part]
+
+    def _note_change(self, watched: Sequence[tuple[LimitSet | None, HeldCounter]], reply: Any) -> Any:
+        """Report what a settlement crossed.
+
+        Returns:
+            The reply of the script alone.
+        """
+        settled, before, after, at_us = reply
+        for limits, each in watched:
+            count = len(_limits_of(each.parameters))
+            if limits is not None and len(limits.limits) == count and self.watch is not None:
+                self.watch.note_change(((limits, each.subject),), before[:count], after[:count], at_us)
+            before, after = before[count:], after[count:]
+        return settled
+
     async def adjust(self, counters: Counters, units: int, sharded: bool) -> Decision:
         """See `AdjustingCounterStore.adjust`; servers of a cluster are called one after the other.
 
@@ -208,11 +235,13 @@ class RedisHolds:
         """
         decided: list[Decision] = []
         for part in _parts(counters) if sharded else (counters,):
-            work = script("adjust", frozenset(limits.algorithm for limits, _ in part))
             template = self._template(part)
+            watch = self.watch if template.watched and units > 0 else None
+            work = script("adjust", frozenset(limits.algorithm for limits, _ in part), crossings=watch is not None)
             keys = [_key(hash_tag(subject), name) for (_, subject), name in zip(part, template.names, strict=True)]
-            command = _command(work, keys, (*template.parameters, b"%d" % units))
-            reply = await self._run(hash_tag(part[0][1]), work, command)
+            reply = await self._run(hash_tag(part[0][1]), work, _command(work, keys, (*template.parameters, b"%d" % units)))
+            if watch is not None:
+                reply = _change_noted(watch, part, reply)
             decided.append(template.decision(reply))
         least = min(decided, key=lambda each: each.remaining or 0)
         return of_adjustment(_of_check(least, counters, max(each.overage for each in decided)), units)
@@ -248,6 +277,24 @@ class RedisHolds:
             if part is handle.parts[0]:
                 self.ends.note(reply[2], -1)
                 self.ends.note(reply[1], 1)
+
+
+def _watched(held: HeldCounter, watch: CrossingWatch, limits: LimitSet, subject: str) -> HeldCounter:
+    """What a hold charged, with its limits where their thresholds are watched."""
+    if not held.record or len(subject) > MAX_TEXT or not watch.marks(limits):
+        return held
+    found = WatchedSet.of(limits)
+    return held if found is None else msgspec.structs.replace(held, watched=found, subject=subject)
+
+
+def _change_noted(watch: CrossingWatch, counters: Counters, reply: Any) -> Any:
+    """Report what an adjustment crossed; returns the reply of the script alone."""
+    try:
+        adjusted, before, after, at_us = reply
+        watch.note_change(counters, before, after, at_us)
+    except (TypeError, ValueError):
+        raise StoreUnavailable(f"unexpected reply from Redis to an adjustment: {shown(reply)}", reason="garbage") from None
+    return adjusted
 
 
 def _counted(reply: Any, count: int) -> list[int]:
@@ -288,7 +335,7 @@ def _of_check(decision: Decision, counters: Counters, overage: int | None = None
 
 
 @lru_cache(maxsize=1024)
-def _settlement_of(parameters: tuple[bytes, ...]) -> tuple[Script, bytes, bytes]:
+def _settlement_of(parameters: tuple[bytes, ...], crossings: bool = False) -> tuple[Script, bytes, bytes]:
     """The script for counters with these parameters, and of its command what is before the keys, and before the records.
 
     Raises:
@@ -298,7 +345,7 @@ def _settlement_of(parameters: tuple[bytes, ...]) -> tuple[Script, bytes, bytes]
         algorithms = frozenset(_BY_LUA_NAME[str(msgspec.msgpack.decode(each)[0]).removeprefix("soft:")] for each in parameters)
     except (msgspec.MsgspecError, KeyError, IndexError, TypeError):
         raise not_found() from None
-    work = script("settle_hold", algorithms)
+    work = script("settle_hold", algorithms, crossings=crossings)
     return work, script_head(work, len(parameters), 3 * len(parameters) + 3), b"".join(map(encoded, parameters))
 
 
@@ -314,10 +361,16 @@ def _counts_failures(parameters: bytes) -> bool:
 def _capacity(parameters: tuple[bytes, ...], place: int) -> int | None:
     """The most that can be had at once under a limit, by its place among those of a part's counters, 1 for the first."""
     for each in parameters:
-        algorithm, *numbers = msgspec.msgpack.decode(each)
-        width = 4 if algorithm.endswith(("bucket", "quota")) else 3 if algorithm == FailureAlgorithm.FAILURES else 2
-        count = len(numbers) // width
-        if place <= count:
-            return int(numbers[(place - 1) * width + 1])
-        place -= count
+        limits = _limits_of(each)
+        if place <= len(limits):
+            return limits[place - 1]
+        place -= len(limits)
     return None
+
+
+@lru_cache(maxsize=1024)
+def _limits_of(parameters: bytes) -> tuple[int, ...]:
+    """The most that can be had at once under each limit of a counter."""
+    algorithm, *numbers = msgspec.msgpack.decode(parameters)
+    width = 4 if algorithm.endswith(("bucket", "quota")) else 3 if algorithm == FailureAlgorithm.FAILURES else 2
+    return tuple(int(each) for each in numbers[1::width])

@@ -70,7 +70,9 @@ class Script(msgspec.Struct, frozen=True):
 
 
 @cache
-def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock", watched: bool = False) -> Script:
+def script(
+    work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_clock", watched: bool = False, crossings: bool = False
+) -> Script:
     """Put a script together.
 
     Args:
@@ -79,6 +81,8 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
         algorithms: those that its counters use.
         clock: name of the Lua file that defines `now`, or Lua source, for tests.
         watched: whether a script that decides checks also replies what is left of each limit.
+        crossings: whether `settle_hold`, `adjust` or `absorb` replies in an array, with what is left of each limit before
+            and after, and the clock.
 
     Returns:
         The script.
@@ -87,6 +91,8 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     needed = {part for name in names for part in _NEEDS[name]} | {"arithmetic"}
     # First of all the clock: what tests put there may also stand between the script and Redis.
     parts = [clock if " " in clock else _read("tidegate.counters.redis", clock), "local algorithms = {}\n"]
+    # Redis makes the functions of a script on each call: those that only `absorb` needs are made there alone.
+    parts.append(f"local absorbs = {str(work == 'absorb').lower()}\n")
     parts += [_read("tidegate.algorithms", part) for part in _SHARED if part in needed]
     parts += [_read("tidegate.algorithms", name) for name in names]
     if work in ("lease", "give_back"):
@@ -94,13 +100,19 @@ def script(work: str, algorithms: frozenset[AnyAlgorithm], clock: str = "store_c
     if work in ("reserve", "release"):
         parts.append(_read("tidegate.algorithms", "reservations"))
     if work.startswith("charge") or work in ("lease", "hold", "settle_hold", "renew_hold", "adjust"):
-        parts += _deciding(work, names, watched)
+        parts += _deciding(work, names, watched, crossings)
+    if crossings:
+        parts.append(_read("tidegate.counters.redis", "crossings"))
+        if work == "settle_hold":
+            parts.append(_read("tidegate.counters.redis", "settle_plain"))
     parts.append(_read("tidegate.counters.redis", work))
+    if crossings:
+        parts.append(_read("tidegate.counters.redis", "crossings_end"))
     source = "".join(parts).encode()
     return Script(source, hashlib.sha1(source, usedforsecurity=False).hexdigest())
 
 
-def _deciding(work: str, names: Sequence[str], watched: bool) -> list[str]:
+def _deciding(work: str, names: Sequence[str], watched: bool, crossings: bool) -> list[str]:
     """What a script has that decides checks, or knows holds.
 
     Redis makes the functions of a script anew on each call: those that most calls do not need come after the common case, which
@@ -114,7 +126,7 @@ def _deciding(work: str, names: Sequence[str], watched: bool) -> list[str]:
     elif work in ("settle_hold", "adjust"):
         parts += backs
         if work == "settle_hold":
-            parts.append(_read("tidegate.counters.redis", "settle_plain"))
+            parts += [] if crossings else [_read("tidegate.counters.redis", "settle_plain")]
         else:
             parts += [*levels, _read("tidegate.algorithms", "holds_refund")]
         parts.append(_read("tidegate.algorithms", "holds_charge"))

@@ -292,8 +292,9 @@ class RedisCounters(RedisReservations):
         """
         taken = list(states)
         sent = []
+        watch = self._watch
         for limits, subject, each in taken:
-            work = script("absorb", frozenset((limits.algorithm,)))
+            work = script("absorb", frozenset((limits.algorithm,)), crossings=watch is not None and bool(watch.marks(limits)))
             sent.append((hash_tag(subject), absorb_command(work, limits, subject, each), work))
         outcomes = await self._each(sent, wait_late=True)
         failed = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, ScriptFailed)]
@@ -305,6 +306,10 @@ class RedisCounters(RedisReservations):
             again = await self._each([sent[place] for place in failed], wait_late=True)
             for place, outcome in zip(failed, again, strict=True):
                 outcomes[place] = outcome
+        if watch is not None:
+            for (limits, subject, _), outcome in zip(taken, outcomes, strict=True):
+                if type(outcome) is list and len(outcome) == 4:
+                    watch.note_change(((limits, subject),), *outcome[1:])
         return [outcome if isinstance(outcome, StoreUnavailable) else None for outcome in outcomes]
 
     async def ping(self) -> None:

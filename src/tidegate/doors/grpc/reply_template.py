@@ -38,7 +38,7 @@ def allowed_reply(decision: Decision) -> bytes | None:
         A `RateLimitResponse`.
     """
     binding, limits, remaining = decision.binding, decision.limits, decision.remaining
-    if binding is None or limits is None or remaining is None:
+    if binding is None or limits is None or remaining is None or decision.windows:
         return None
     key = (limits, id(binding))
     template = _TEMPLATES.get(key)

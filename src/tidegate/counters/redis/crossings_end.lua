@@ -1,0 +1,3 @@
+end
+local left_before = all_left()
+return {charge_anyway(), left_before, all_left(), now}
