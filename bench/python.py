@@ -1,6 +1,6 @@
 """CPU of one limited call inside its framework, beside slowapi, flask-limiter, django-ratelimit and fastapi-limiter.
 
-    python -m bench.python [--smoke]
+    python -m bench.python [--smoke] [--only PEER]
 
 What is compared is the CPU time of the limit alone. For each peer there are three apps with one endpoint each, at the same path:
 without a limit, with the peer's limit, with ours. The app without a limit has the same parameters, and the same dependency where
@@ -23,6 +23,7 @@ until all have passed.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import statistics
@@ -36,7 +37,7 @@ from urllib.parse import urlsplit
 import uvloop
 from fastapi import Depends, FastAPI, Request, Response
 
-from bench.measure import Goal, asked_for_smoke, report
+from bench.measure import Goal, report
 from bench.redis_server import redis_server
 from tidegate import Limiter, limit
 from tidegate.counters.blocking_leases import BlockingLeases
@@ -46,6 +47,7 @@ from tidegate.doors.stores import TIMEOUT_VARIABLE, shared_store
 LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
 IN_FLIGHT = 16
+PEERS = ("slowapi", "flask-limiter", "django-ratelimit", "fastapi-limiter")
 APPS = ("bare", "peer", "tidegate")
 UNLEASED, RARE = "unleased", "rare"
 """Further apps with our limit: without leases; with clients who come once each."""
@@ -388,18 +390,32 @@ def require_redis(url: str) -> None:
         raise RuntimeError("calls were decided without Redis")
 
 
+async def beside_fastapi_limiter(url: str, turns: int, count: int) -> dict[str, float]:
+    """CPU µs of a request, beside fastapi-limiter and beside a PING."""
+    from fastapi_limiter import FastAPILimiter
+    from redis.asyncio import from_url
+
+    await FastAPILimiter.init(from_url(url))
+    try:
+        apps = {which: asgi_serve(fastapi_app(url, "fastapi-limiter", which)) for which in (*APPS, UNLEASED, RARE)}
+        apps["ping"] = asgi_serve(await pinging_app(url))
+        return await measure_async(apps, turns, count)
+    finally:
+        await FastAPILimiter.close()
+
+
 def main() -> None:
     """Measure and print."""
-    smoke = asked_for_smoke(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
+    parser.add_argument("--only", choices=PEERS, default="", help="one peer; without Limiter.wait")
+    arguments = parser.parse_args()
+    smoke, only = arguments.smoke, arguments.only
     # The deadline is long, so that a busy machine makes a figure worse and does not decide calls without Redis.
     os.environ[TIMEOUT_VARIABLE] = "5000"
     warnings.simplefilter("ignore")  # of the peers
     turns, count = (2, 160) if smoke else (30, 160)
     figures: list[tuple[str, float, Goal | None]] = []
-
-    def fastapi_apps(url: str, peer: str) -> dict[str, Callable[[str, str], Awaitable[int]]]:
-        on_redis = (UNLEASED, RARE) if url != "memory://" else ()
-        return {which: asgi_serve(fastapi_app(url, peer, which)) for which in (*APPS, *on_redis)}
 
     def run_async(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -407,33 +423,22 @@ def main() -> None:
 
     with redis_server() as redis:
         for store, url in (("memory", "memory://"), ("Redis", redis.url)):
-            slow = fastapi_apps(url, "slowapi")
-            figures += rows("slowapi", store, run_async(lambda slow=slow: measure_async(slow, turns, count)))  # type: ignore[misc]
-            flask = {
-                which: wsgi_serve(flask_app(url, which)) for which in (*APPS, *((UNLEASED, RARE) if store == "Redis" else ()))
-            }
-            figures += rows("flask-limiter", store, measure_blocking(flask, turns, count))
-
-        async def with_fastapi_limiter() -> dict[str, float]:
-            from fastapi_limiter import FastAPILimiter
-            from redis.asyncio import from_url
-
-            await FastAPILimiter.init(from_url(redis.url))
-            try:
-                apps = fastapi_apps(redis.url, "fastapi-limiter") | {"ping": asgi_serve(await pinging_app(redis.url))}
-                return await measure_async(apps, turns, count)
-            finally:
-                await FastAPILimiter.close()
-
-        beside = run_async(with_fastapi_limiter)
-        figures += rows("fastapi-limiter", "Redis", beside)
+            apps = (*APPS, UNLEASED, RARE) if store == "Redis" else APPS
+            if only in ("", "slowapi"):
+                slow = {which: asgi_serve(fastapi_app(url, "slowapi", which)) for which in apps}
+                figures += rows("slowapi", store, run_async(lambda slow=slow: measure_async(slow, turns, count)))  # type: ignore[misc]
+            if only in ("", "flask-limiter"):
+                flask = {which: wsgi_serve(flask_app(url, which)) for which in apps}
+                figures += rows("flask-limiter", store, measure_blocking(flask, turns, count))
+        if only in ("", "fastapi-limiter"):
+            figures += rows("fastapi-limiter", "Redis", run_async(lambda: beside_fastapi_limiter(redis.url, turns, count)))
         require_redis(redis.url)
-        waited = run_async(lambda: waiting(redis.url, 20 if smoke else 160))
+        waited = [] if only else run_async(lambda: waiting(redis.url, 20 if smoke else 160))
         caches: dict[str, dict[str, Any]] = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}},
             "Redis": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": redis.url},
         }
-        for store, url in (("memory", "memory://"), ("Redis", redis.url)):
+        for store, url in (("memory", "memory://"), ("Redis", redis.url)) if only in ("", "django-ratelimit") else ():
             figures += rows("django-ratelimit", store, _django(url, caches[store], turns, count))
     figures += waited
     report("python", "One limited request inside its framework, CPU of the limit alone", figures, smoke=smoke)
