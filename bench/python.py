@@ -14,7 +14,9 @@ is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis 
 
 On Redis our limits lease units of clients who come often, by default, so what one costs depends on how often a client comes. The
 ratios are of the default, after warm-up turns in which every client came five times. Beside them, without a goal: the same with
-`leases=False`, and the default with clients who come once each, of whom nothing is leased. Peers cost the same for all of these.
+`leases=False`, and the default with clients who come once each, of whom nothing is leased, and with 10 clients. Peers cost the
+same for all of these. On a machine so slow that each of the 1,000 clients comes less than three times in ten seconds, nothing of
+them is leased either.
 
 fastapi-limiter counts on Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the
 floor for any limit under FastAPI that asks Redis. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it
@@ -49,8 +51,8 @@ CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
 IN_FLIGHT = 16
 PEERS = ("slowapi", "flask-limiter", "django-ratelimit", "fastapi-limiter")
 APPS = ("bare", "peer", "tidegate")
-UNLEASED, RARE = "unleased", "rare"
-"""Further apps with our limit: without leases; with clients who come once each."""
+UNLEASED, RARE, BUSY = FURTHER = ("unleased", "rare", "busy")
+"""Further apps with our limit: without leases; with clients who come once each; with 10 clients."""
 WARM_UP = 5
 """How often each client comes before anything is measured."""
 PING = b"*1\r\n$4\r\nPING\r\n"
@@ -145,8 +147,8 @@ def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
             app.get(PATH)(with_response)
         elif which == "tidegate":
             app.get(PATH)(limit(LIMIT, key="ip", counters=url)(endpoint))
-        elif which in (UNLEASED, RARE):
-            app.get(PATH)(limit(LIMIT, key="ip", scope=which, counters=url, leases=which == RARE)(endpoint))
+        elif which in FURTHER:
+            app.get(PATH)(limit(LIMIT, key="ip", scope=which, counters=url, leases=which != UNLEASED)(endpoint))
         else:
             from slowapi import Limiter
             from slowapi.util import get_remote_address
@@ -167,8 +169,8 @@ def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
     dependency: Any = nothing
     if which == "tidegate":
         dependency = limit(LIMIT, counters=url)
-    elif which in (UNLEASED, RARE):
-        dependency = limit(LIMIT, scope=which, counters=url, leases=which == RARE)
+    elif which in FURTHER:
+        dependency = limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)
     elif which == "peer":
         from fastapi_limiter.depends import RateLimiter
 
@@ -263,10 +265,7 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
     views = {
         "bare": view,
         "peer": ratelimit(key="ip", rate="1000000/m", method=["GET"])(view),
-        **{
-            which: limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)(view)
-            for which in ("tidegate", UNLEASED, RARE)
-        },
+        **{which: limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)(view) for which in ("tidegate", *FURTHER)},
     }
 
     def served(which: str) -> Serve:
@@ -278,7 +277,7 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
 
         return one
 
-    on_redis = (UNLEASED, RARE) if url != "memory://" else ()
+    on_redis = FURTHER if url != "memory://" else ()
     return {which: served(which) for which in (*APPS, *on_redis)}
 
 
@@ -286,7 +285,7 @@ def client(which: str, number: int) -> str:
     """Address of the client of a request to an app."""
     if which == RARE:
         return f"10.{2 + number // 62_500}.{number // 250 % 250}.{number % 250}"
-    return CLIENTS[number % len(CLIENTS)]
+    return CLIENTS[number % (10 if which == BUSY else len(CLIENTS))]
 
 
 def warm_up_turns(url_has_leases: bool, count: int) -> int:
@@ -335,7 +334,11 @@ def rows(peer: str, store: str, found: dict[str, float]) -> list[tuple[str, floa
     )
     further = [
         (f"{peer}, {store}: {what}", value, None)
-        for which, name in ((UNLEASED, "Tidegate's limit with leases=False"), (RARE, "Tidegate's limit, clients who come once"))
+        for which, name in (
+            (UNLEASED, "Tidegate's limit with leases=False"),
+            (RARE, "Tidegate's limit, clients who come once"),
+            (BUSY, "Tidegate's limit, 10 clients"),
+        )
         if which in found
         for what, value in (
             (f"{name}, µs CPU", found[which] - found["bare"]),
@@ -397,7 +400,7 @@ async def beside_fastapi_limiter(url: str, turns: int, count: int) -> dict[str, 
 
     await FastAPILimiter.init(from_url(url))
     try:
-        apps = {which: asgi_serve(fastapi_app(url, "fastapi-limiter", which)) for which in (*APPS, UNLEASED, RARE)}
+        apps = {which: asgi_serve(fastapi_app(url, "fastapi-limiter", which)) for which in (*APPS, *FURTHER)}
         apps["ping"] = asgi_serve(await pinging_app(url))
         return await measure_async(apps, turns, count)
     finally:
@@ -423,7 +426,7 @@ def main() -> None:
 
     with redis_server() as redis:
         for store, url in (("memory", "memory://"), ("Redis", redis.url)):
-            apps = (*APPS, UNLEASED, RARE) if store == "Redis" else APPS
+            apps = (*APPS, *FURTHER) if store == "Redis" else APPS
             if only in ("", "slowapi"):
                 slow = {which: asgi_serve(fastapi_app(url, "slowapi", which)) for which in apps}
                 figures += rows("slowapi", store, run_async(lambda slow=slow: measure_async(slow, turns, count)))  # type: ignore[misc]
