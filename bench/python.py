@@ -1,6 +1,6 @@
 """CPU of one limited call inside its framework, beside slowapi, flask-limiter, django-ratelimit and fastapi-limiter.
 
-    python -m bench.python [--smoke]
+    python -m bench.python [--smoke] [--only PEER]
 
 What is compared is the CPU time of the limit alone. For each peer there are three apps with one endpoint each, at the same path:
 without a limit, with the peer's limit, with ours. The app without a limit has the same parameters, and the same dependency where
@@ -14,7 +14,9 @@ is (peer - without) / (ours - without) of these. On Redis the CPU time of Redis 
 
 On Redis our limits lease units of clients who come often, by default, so what one costs depends on how often a client comes. The
 ratios are of the default, after warm-up turns in which every client came five times. Beside them, without a goal: the same with
-`leases=False`, and the default with clients who come once each, of whom nothing is leased. Peers cost the same for all of these.
+`leases=False`, and the default with clients who come once each, of whom nothing is leased, and with 10 clients. Peers cost the
+same for all of these. On a machine so slow that each of the 1,000 clients comes less than three times in ten seconds, nothing of
+them is leased either.
 
 fastapi-limiter counts on Redis only, and sends no limit headers; beside it, what a dependency costs that waits for a PING: the
 floor for any limit under FastAPI that asks Redis. Last, `Limiter.wait`: what 160 callers of four instances on one Redis ask of it
@@ -23,6 +25,7 @@ until all have passed.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import statistics
@@ -36,7 +39,7 @@ from urllib.parse import urlsplit
 import uvloop
 from fastapi import Depends, FastAPI, Request, Response
 
-from bench.measure import Goal, asked_for_smoke, report
+from bench.measure import Goal, report
 from bench.redis_server import redis_server
 from tidegate import Limiter, limit
 from tidegate.counters.blocking_leases import BlockingLeases
@@ -46,9 +49,10 @@ from tidegate.doors.stores import TIMEOUT_VARIABLE, shared_store
 LIMIT = "1000000/minute"
 CLIENTS = [f"10.1.{number // 250}.{number % 250}" for number in range(1000)]
 IN_FLIGHT = 16
+PEERS = ("slowapi", "flask-limiter", "django-ratelimit", "fastapi-limiter")
 APPS = ("bare", "peer", "tidegate")
-UNLEASED, RARE = "unleased", "rare"
-"""Further apps with our limit: without leases; with clients who come once each."""
+UNLEASED, RARE, BUSY = FURTHER = ("unleased", "rare", "busy")
+"""Further apps with our limit: without leases; with clients who come once each; with 10 clients."""
 WARM_UP = 5
 """How often each client comes before anything is measured."""
 PING = b"*1\r\n$4\r\nPING\r\n"
@@ -143,8 +147,8 @@ def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
             app.get(PATH)(with_response)
         elif which == "tidegate":
             app.get(PATH)(limit(LIMIT, key="ip", counters=url)(endpoint))
-        elif which in (UNLEASED, RARE):
-            app.get(PATH)(limit(LIMIT, key="ip", scope=which, counters=url, leases=which == RARE)(endpoint))
+        elif which in FURTHER:
+            app.get(PATH)(limit(LIMIT, key="ip", scope=which, counters=url, leases=which != UNLEASED)(endpoint))
         else:
             from slowapi import Limiter
             from slowapi.util import get_remote_address
@@ -165,8 +169,8 @@ def fastapi_app(url: str, peer: str, which: str) -> FastAPI:
     dependency: Any = nothing
     if which == "tidegate":
         dependency = limit(LIMIT, counters=url)
-    elif which in (UNLEASED, RARE):
-        dependency = limit(LIMIT, scope=which, counters=url, leases=which == RARE)
+    elif which in FURTHER:
+        dependency = limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)
     elif which == "peer":
         from fastapi_limiter.depends import RateLimiter
 
@@ -261,10 +265,7 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
     views = {
         "bare": view,
         "peer": ratelimit(key="ip", rate="1000000/m", method=["GET"])(view),
-        **{
-            which: limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)(view)
-            for which in ("tidegate", UNLEASED, RARE)
-        },
+        **{which: limit(LIMIT, scope=which, counters=url, leases=which != UNLEASED)(view) for which in ("tidegate", *FURTHER)},
     }
 
     def served(which: str) -> Serve:
@@ -276,7 +277,7 @@ def django_apps(url: str, cache: dict[str, Any]) -> dict[str, Serve]:
 
         return one
 
-    on_redis = (UNLEASED, RARE) if url != "memory://" else ()
+    on_redis = FURTHER if url != "memory://" else ()
     return {which: served(which) for which in (*APPS, *on_redis)}
 
 
@@ -284,7 +285,7 @@ def client(which: str, number: int) -> str:
     """Address of the client of a request to an app."""
     if which == RARE:
         return f"10.{2 + number // 62_500}.{number // 250 % 250}.{number % 250}"
-    return CLIENTS[number % len(CLIENTS)]
+    return CLIENTS[number % (10 if which == BUSY else len(CLIENTS))]
 
 
 def warm_up_turns(url_has_leases: bool, count: int) -> int:
@@ -333,7 +334,11 @@ def rows(peer: str, store: str, found: dict[str, float]) -> list[tuple[str, floa
     )
     further = [
         (f"{peer}, {store}: {what}", value, None)
-        for which, name in ((UNLEASED, "Tidegate's limit with leases=False"), (RARE, "Tidegate's limit, clients who come once"))
+        for which, name in (
+            (UNLEASED, "Tidegate's limit with leases=False"),
+            (RARE, "Tidegate's limit, clients who come once"),
+            (BUSY, "Tidegate's limit, 10 clients"),
+        )
         if which in found
         for what, value in (
             (f"{name}, µs CPU", found[which] - found["bare"]),
@@ -388,18 +393,32 @@ def require_redis(url: str) -> None:
         raise RuntimeError("calls were decided without Redis")
 
 
+async def beside_fastapi_limiter(url: str, turns: int, count: int) -> dict[str, float]:
+    """CPU µs of a request, beside fastapi-limiter and beside a PING."""
+    from fastapi_limiter import FastAPILimiter
+    from redis.asyncio import from_url
+
+    await FastAPILimiter.init(from_url(url))
+    try:
+        apps = {which: asgi_serve(fastapi_app(url, "fastapi-limiter", which)) for which in (*APPS, *FURTHER)}
+        apps["ping"] = asgi_serve(await pinging_app(url))
+        return await measure_async(apps, turns, count)
+    finally:
+        await FastAPILimiter.close()
+
+
 def main() -> None:
     """Measure and print."""
-    smoke = asked_for_smoke(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: that it works, not how fast or how much")
+    parser.add_argument("--only", choices=PEERS, default="", help="one peer; without Limiter.wait")
+    arguments = parser.parse_args()
+    smoke, only = arguments.smoke, arguments.only
     # The deadline is long, so that a busy machine makes a figure worse and does not decide calls without Redis.
     os.environ[TIMEOUT_VARIABLE] = "5000"
     warnings.simplefilter("ignore")  # of the peers
     turns, count = (2, 160) if smoke else (30, 160)
     figures: list[tuple[str, float, Goal | None]] = []
-
-    def fastapi_apps(url: str, peer: str) -> dict[str, Callable[[str, str], Awaitable[int]]]:
-        on_redis = (UNLEASED, RARE) if url != "memory://" else ()
-        return {which: asgi_serve(fastapi_app(url, peer, which)) for which in (*APPS, *on_redis)}
 
     def run_async(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -407,33 +426,22 @@ def main() -> None:
 
     with redis_server() as redis:
         for store, url in (("memory", "memory://"), ("Redis", redis.url)):
-            slow = fastapi_apps(url, "slowapi")
-            figures += rows("slowapi", store, run_async(lambda slow=slow: measure_async(slow, turns, count)))  # type: ignore[misc]
-            flask = {
-                which: wsgi_serve(flask_app(url, which)) for which in (*APPS, *((UNLEASED, RARE) if store == "Redis" else ()))
-            }
-            figures += rows("flask-limiter", store, measure_blocking(flask, turns, count))
-
-        async def with_fastapi_limiter() -> dict[str, float]:
-            from fastapi_limiter import FastAPILimiter
-            from redis.asyncio import from_url
-
-            await FastAPILimiter.init(from_url(redis.url))
-            try:
-                apps = fastapi_apps(redis.url, "fastapi-limiter") | {"ping": asgi_serve(await pinging_app(redis.url))}
-                return await measure_async(apps, turns, count)
-            finally:
-                await FastAPILimiter.close()
-
-        beside = run_async(with_fastapi_limiter)
-        figures += rows("fastapi-limiter", "Redis", beside)
+            apps = (*APPS, *FURTHER) if store == "Redis" else APPS
+            if only in ("", "slowapi"):
+                slow = {which: asgi_serve(fastapi_app(url, "slowapi", which)) for which in apps}
+                figures += rows("slowapi", store, run_async(lambda slow=slow: measure_async(slow, turns, count)))  # type: ignore[misc]
+            if only in ("", "flask-limiter"):
+                flask = {which: wsgi_serve(flask_app(url, which)) for which in apps}
+                figures += rows("flask-limiter", store, measure_blocking(flask, turns, count))
+        if only in ("", "fastapi-limiter"):
+            figures += rows("fastapi-limiter", "Redis", run_async(lambda: beside_fastapi_limiter(redis.url, turns, count)))
         require_redis(redis.url)
-        waited = run_async(lambda: waiting(redis.url, 20 if smoke else 160))
+        waited = [] if only else run_async(lambda: waiting(redis.url, 20 if smoke else 160))
         caches: dict[str, dict[str, Any]] = {
             "memory": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 100_000}},
             "Redis": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": redis.url},
         }
-        for store, url in (("memory", "memory://"), ("Redis", redis.url)):
+        for store, url in (("memory", "memory://"), ("Redis", redis.url)) if only in ("", "django-ratelimit") else ():
             figures += rows("django-ratelimit", store, _django(url, caches[store], turns, count))
     figures += waited
     report("python", "One limited request inside its framework, CPU of the limit alone", figures, smoke=smoke)
