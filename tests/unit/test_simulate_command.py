@@ -434,7 +434,7 @@ def test_a_terminal_sees_how_far_it_is_and_a_pipe_does_not(policy: Path, tmp_pat
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=ENVIRONMENT | {"TERM": "xterm"})
         os.close(theirs)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=300)
         shown = terminal.read(100_000)
     assert process.returncode == 0
     assert b"simulating" in shown
