@@ -444,4 +444,4 @@ def test_costs_are_charged() -> None:
     replay = replayed([ask("/a")._replace(cost=cost) for cost in (600, 500, 0, 400, 1)], policy)
     tally = replay.tallies[("free", "tokens")]
     assert (tally.allowed, tally.blocked, tally.allowed_units, tally.blocked_units) == (3, 2, 1000, 501)
-    assert replay.in_progress == ["free: log-in", "free: tokens"]
+    assert replay.not_applied == ["free: log-in", "free: tokens"]

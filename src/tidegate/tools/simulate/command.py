@@ -24,6 +24,7 @@ from tidegate.policy.toml_reader import load_policy
 from tidegate.tools.charts import clean, write_page
 from tidegate.tools.simulate.log_clients import DEFAULT_TRUSTED, Clients
 from tidegate.tools.simulate.log_csv import csv_records
+from tidegate.tools.simulate.log_durations import LOGGED_AT, UNITS, Durations
 from tidegate.tools.simulate.log_formats import FIELDS, FORMATS, Directive, NoAddress, Parse, csv_columns, detect, parser_of
 from tidegate.tools.simulate.log_lines import LogError, LogLines, log_size
 from tidegate.tools.simulate.log_times import Malformed
@@ -50,6 +51,7 @@ class Simulation:
         clients: parses the client address.
         attributes: the field of each attribute.
         cost_field: field with the units of a request; None if each costs 1.
+        durations: where the duration of a request is; None if it is not needed.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Simulation:
         clients: Clients | None = None,
         attributes: Sequence[str] = (),
         cost_field: str | None = None,
+        durations: Durations | None = None,
     ) -> None:
         self.lines = 0
         self.malformed = 0
@@ -79,6 +82,7 @@ class Simulation:
         self._clients = clients or Clients()
         self._attributes = attributes
         self._cost_field = cost_field
+        self._durations = durations
 
     def read(self, log: LogLines) -> Iterator[int]:
         """Read one log; yields the bytes of the file read so far, at intervals.
@@ -155,8 +159,8 @@ class Simulation:
             return None, False
         header = csv_columns(line) if name == "csv" else ()
         subject, key_field, clients = self._subject, self._key_field, self._clients
-        parse = parser_of(name, subject, key_field, self._fields, header, clients, self._attributes, self._cost_field)
-        return parse, name == "csv"
+        further = (self._attributes, self._cost_field, self._durations)
+        return parser_of(name, subject, key_field, self._fields, header, clients, *further), name == "csv"
 
     def _require_addresses(self) -> None:
         """Stop if most lines have a client that is not an address: the field is probably not the client's."""
@@ -204,6 +208,27 @@ def simulate(
         typer.Option(
             "--cost-field",
             help="Field with the units of a request in a JSON, CSV or W3C log, such as usage.total_tokens; default: 1 each.",
+            show_default=False,
+        ),
+    ] = None,
+    duration_field: Annotated[
+        str | None,
+        typer.Option(
+            "--duration-field",
+            help='Field with the duration of a request, such as request_time, for limits like "20 concurrent"; in logs of Envoy, '
+            "HAProxy and AWS load balancers: duration.",
+            show_default=False,
+        ),
+    ] = None,
+    duration_unit: Annotated[
+        str | None,
+        typer.Option("--duration-unit", help=f"Its unit: {', '.join(UNITS)}; default: s.", show_default=False),
+    ] = None,
+    logged_at: Annotated[
+        str | None,
+        typer.Option(
+            "--logged-at",
+            help="Whether the times in the log are of the start or the end of requests; default: by format and field.",
             show_default=False,
         ),
     ] = None,
@@ -273,6 +298,7 @@ def simulate(
         raise SettingsError(f"--format {log_format!r} is not valid; expected one of {', '.join(FORMATS)}")
     if html is not None and not html.absolute().parent.is_dir():
         raise SettingsError(f"--html {html}: the directory does not exist: create it first")
+    durations = _durations(duration_field, duration_unit, logged_at)
     paths = PathRules.of(encoded_slashes or (), decode_unreserved)
     loaded = load_policy(policy)
     roles, attributes = _named_fields(field or [], loaded)
@@ -283,11 +309,13 @@ def simulate(
         max_subjects=max_subjects,
         paths=paths,
         attributes=tuple(attributes),
+        durations=durations is not None,
     )
     order = TimeOrder(replay.decide, _span_s(reorder), reorder_max)
     networks = [each for text in trusted_proxies or DEFAULT_TRUSTED for each in text.split(",") if each.strip()]
     clients = Clients(networks)
-    simulation = Simulation(replay, order, log_format, subject, key_field, roles, clients, tuple(attributes.values()), cost_field)
+    read = tuple(attributes.values())
+    simulation = Simulation(replay, order, log_format, subject, key_field, roles, clients, read, cost_field, durations)
     sizes = [log_size(source) for source in logs]
     interrupted = False
     try:
@@ -357,6 +385,18 @@ def _span_s(text: str) -> int:
     if match is None:
         raise SettingsError(f"--reorder {text!r} is not a valid duration; expected for example 120s, 5m or 1h")
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _durations(field: str | None, unit: str | None, logged_at: str | None) -> Durations | None:
+    if unit is not None and unit not in UNITS:
+        raise SettingsError(f"--duration-unit {unit!r} is not valid; expected one of {', '.join(UNITS)}")
+    if logged_at is not None and logged_at not in LOGGED_AT:
+        raise SettingsError(f"--logged-at {logged_at!r} is not valid; expected one of {', '.join(LOGGED_AT)}")
+    if field is not None:
+        return Durations(field, unit or "s", logged_at)
+    if unit is not None or logged_at is not None:
+        raise SettingsError("--duration-unit and --logged-at need --duration-field: the field with the duration of a request")
+    return None
 
 
 def _named_fields(texts: Sequence[str], policy: Policy) -> tuple[dict[str, str], dict[str, str]]:

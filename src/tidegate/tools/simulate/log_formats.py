@@ -7,6 +7,7 @@ from typing import Final
 
 from tidegate.errors import SettingsError
 from tidegate.tools.simulate.log_clients import Clients
+from tidegate.tools.simulate.log_durations import Durations
 from tidegate.tools.simulate.log_records import (
     FIELDS,
     RecordReader,
@@ -49,6 +50,7 @@ def parser_of(
     clients: Clients | None = None,
     attributes: Sequence[str] = (),
     cost_field: str | None = None,
+    durations: Durations | None = None,
 ) -> Parse:
     """The parser of a format.
 
@@ -61,6 +63,7 @@ def parser_of(
         clients: parses the client address; None to trust proxies on loopback addresses.
         attributes: the field of each attribute of the caller; its values are the request's `attributes`, in this order.
         cost_field: field with the units of a request; None if each costs 1.
+        durations: where the duration of a request is; None if it is not needed.
 
     Returns:
         A function from a line to its request. It raises `Malformed`, or `Directive` for a line that belongs to the format.
@@ -73,19 +76,18 @@ def parser_of(
         if cost_field is not None:
             raise SettingsError(f"a log in the format {name} has no costs, so no {cost_field!r}: give a JSON, CSV or W3C log")
         fields_of_text = [field.lower() for field in attributes]
-        return text_parser(name, subject.lower(), key_field.lower() if key_field else None, clients, fields_of_text)
+        return text_parser(name, subject.lower(), key_field.lower() if key_field else None, clients, fields_of_text, durations)
     names = dict(FIELDS) | {role: (field,) for role, field in (fields or {}).items()}
     if key_field:
         names["key"] = (key_field,)
     names["subject"] = names.get(subject.lower(), (subject,))
     if name == "json":
-        read = RecordReader(
-            names, clients, _inner_parser(names, subject, clients, attributes, cost_field), attributes, cost_field
-        )
+        inner = _inner_parser(names, subject, clients, attributes, cost_field, durations)
+        read = RecordReader(names, clients, inner, attributes, cost_field, durations)
         return lambda line: read(json_record(line if line.startswith("{") else bare_line(line)))
     named = [*(names[role] for role in fields or {}), names["subject"], *((names["key"],) if key_field else ())]
-    named += [(field,) for field in (*attributes, *((cost_field,) if cost_field else ()))]
-    read_row = RecordReader(names, clients, attributes=attributes, cost_field=cost_field)
+    named += [(field,) for field in (*attributes, cost_field, durations and durations.field) if field]
+    read_row = RecordReader(names, clients, attributes=attributes, cost_field=cost_field, durations=durations)
     if name == "w3c":
         records = W3cRecords(lambda columns: require_columns(columns, named))
         return lambda line: read_row(records(line))
@@ -114,10 +116,15 @@ def detect(line: str) -> str | None:
 
 
 def _inner_parser(
-    names: Mapping[str, tuple[str, ...]], subject: str, clients: Clients, attributes: Sequence[str], cost_field: str | None
+    names: Mapping[str, tuple[str, ...]],
+    subject: str,
+    clients: Clients,
+    attributes: Sequence[str],
+    cost_field: str | None,
+    durations: Durations | None,
 ) -> Callable[[str], Request]:
     """Parses the text field of a JSON record: nested JSON, one level deep, or a line of text."""
-    read = RecordReader(names, clients, attributes=attributes, cost_field=cost_field)
+    read = RecordReader(names, clients, attributes=attributes, cost_field=cost_field, durations=durations)
     parsers: dict[str, Parse] = {}
 
     def parse(text: str) -> Request:
@@ -127,7 +134,7 @@ def _inner_parser(
         if name is None:
             raise Malformed("no field with a path, and the text in it is not a line of a known format")
         if name not in parsers:
-            parsers[name] = text_parser(name, subject.lower(), None, clients, [field.lower() for field in attributes])
+            parsers[name] = text_parser(name, subject.lower(), None, clients, [field.lower() for field in attributes], durations)
         return parsers[name](text)
 
     return parse

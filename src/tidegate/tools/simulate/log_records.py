@@ -10,6 +10,7 @@ import msgspec
 
 from tidegate.errors import SettingsError
 from tidegate.tools.simulate.log_clients import Clients
+from tidegate.tools.simulate.log_durations import UNKNOWN, Durations, duration_of
 from tidegate.tools.simulate.log_request import (
     FOR_JSON,
     MAX_NAME,
@@ -67,6 +68,7 @@ class RecordReader:
         inner: parses the text field of a record without a path.
         attributes: the field of each attribute.
         cost_field: the field of the cost; None if each request costs 1.
+        durations: where the duration of a request is; None if it is not needed.
     """
 
     def __init__(
@@ -76,12 +78,15 @@ class RecordReader:
         inner: Callable[[str], Request] | None = None,
         attributes: Sequence[str] = (),
         cost_field: str | None = None,
+        durations: Durations | None = None,
     ) -> None:
+        self._durations = durations
         self._costs = cost_field is not None
         # No role has a digit in its name.
         self._attributes = tuple(str(number) for number in range(len(attributes)))
         fields: dict[str, tuple[str, ...]] = {role: (field,) for role, field in zip(self._attributes, attributes, strict=True)}
         fields["cost"] = () if cost_field is None else (cost_field,)
+        fields["duration"] = () if durations is None else (durations.field,)
         self._names = {**names, **fields, **{name: (name,) for name in CALLER_FIELDS}, "inner": INNER_FIELDS}
         self._clients = clients
         self._inner = inner
@@ -129,7 +134,13 @@ class RecordReader:
                 raise NoAddress(logged)
             raise Malformed("no field that identifies the caller: " + self._listed("subject", "ip"))
         cost = cost_of(_first(record, places["cost"])) if self._costs else 1
-        return tuple.__new__(Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes, named, cost))
+        found: Request = tuple.__new__(
+            Request, (timestamp_us(time_value), ip, method, path, subject, key, attributes, named, cost, UNKNOWN)
+        )
+        if self._durations is None:
+            return found
+        duration_us = duration_of(_first(record, places["duration"]), self._durations.unit)
+        return found.lasting(duration_us, self._durations.is_end(places["time"][0][-1]))
 
     def _client(self, record: Mapping[str, Any], places: _Places) -> tuple[str, str]:
         """The first address among the client fields, and the logged text if none of them is an address."""

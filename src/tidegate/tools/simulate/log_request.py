@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, TypeAlias
 from tidegate.decision import MAX_COST
 from tidegate.policy.key_format import MAX_KEY
 from tidegate.policy.paths import MAX_PATH_BYTES
+from tidegate.tools.simulate.log_durations import UNKNOWN
 from tidegate.tools.simulate.log_times import Malformed
 
 MAX_NAME: Final = 255
@@ -33,6 +34,7 @@ class Request(NamedTuple):
         attributes: a value for each attribute that the parser reads, in its order, at most 255 characters; empty if missing.
         named: key id, customer and tier that Tidegate named to the gateway that logged it; empty if the log has none of them.
         cost: units, 0 to 1,000,000,000; 1 if the log has none.
+        duration_us: how long it took; below 0 if that is not known.
     """
 
     at_us: int
@@ -44,6 +46,17 @@ class Request(NamedTuple):
     attributes: tuple[str, ...] = ()
     named: tuple[str, ...] = ()
     cost: int = 1
+    duration_us: int = UNKNOWN
+
+    def lasting(self, duration_us: int, is_end: bool) -> Request:
+        """The request with its duration, at the time at which it started.
+
+        Args:
+            duration_us: µs, or `UNKNOWN`.
+            is_end: whether the logged time is that of its end.
+        """
+        at_us = max(self.at_us - duration_us, 0) if is_end and duration_us > 0 else self.at_us
+        return self._replace(at_us=at_us, duration_us=duration_us)
 
 
 Parse: TypeAlias = Callable[[str], Request]

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from tidegate.errors import SettingsError
 from tidegate.policy.paths import MAX_PATH_BYTES
 from tidegate.tools.simulate.log_clients import Clients, address_of
+from tidegate.tools.simulate.log_durations import OF_TEXT, UNKNOWN, Durations
 from tidegate.tools.simulate.log_request import NoAddress, Parse, Request, key_of, name_of, request_of_line
 from tidegate.tools.simulate.log_times import ApacheTimes, Malformed, timestamp_us
 
@@ -44,16 +45,16 @@ _PREFIX: Final = re.compile(
 # words and a quoted text; then follow bytes and times, X-Forwarded-For, User-Agent, X-Request-Id, authority, upstream.
 _ENVOY: Final = re.compile(
     r'\[(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z)\] "([^" ]{1,32}) ([^" ]*)[^"]*" (?:\d{1,3}|-) [^ "]{1,64} '
-    r'(?:[^ "]{1,255} [^ "]{1,255} "[^"]*" )?(?:\d+|-) (?:\d+|-) (?:\d+|-) (?:\d+|-) "([^"]*)" "([^"]*)',
+    r'(?:[^ "]{1,255} [^ "]{1,255} "[^"]*" )?(?:\d+|-) (?:\d+|-) (\d+|-) (?:\d+|-) "([^"]*)" "([^"]*)',
     re.ASCII,
 )
 _HAPROXY: Final = re.compile(
     r"(?:haproxy\[\d+\]: )?(\S{2,64}:\d{1,5}) \[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d\.\d{3})\] "
-    r"\S+ \S+ [-+\d/]{5,80} -?\d{1,3} \+?\d+ ",
+    r"\S+ \S+ ([-+\d/]{5,80}) -?\d{1,3} \+?\d+ ",
     re.ASCII,
 )
 _ALB: Final = re.compile(
-    r"(?:(?:https?|h2|grpcs|wss?) )?(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z) \S{1,255} (\S{1,64}) \S{1,64} (?:[-\d.]{1,20} ){7}"
+    r"(?:(?:https?|h2|grpcs|wss?) )?(\d{4}-\d\d-\d\dT[\d:.]{8,20}Z) \S{1,255} (\S{1,64}) \S{1,64} ((?:[-\d.]{1,20} ){7})"
     rf'"({_QUOTED})"(?: "({_QUOTED})")?',
     re.ASCII,
 )
@@ -70,6 +71,8 @@ class LogFields(NamedTuple):
     user: str = "-"
     referer: str = "-"
     agent: str = "-"
+    taken: str = "-"
+    """How long it took, as in the format."""
 
 
 def bare_line(line: str) -> str:
@@ -97,7 +100,14 @@ def text_format(text: str) -> str | None:
     return None
 
 
-def text_parser(name: str, subject: str, key_field: str | None, clients: Clients, attributes: Sequence[str] = ()) -> Parse:
+def text_parser(
+    name: str,
+    subject: str,
+    key_field: str | None,
+    clients: Clients,
+    attributes: Sequence[str] = (),
+    durations: Durations | None = None,
+) -> Parse:
     """The parser of a text format.
 
     Args:
@@ -106,6 +116,7 @@ def text_parser(name: str, subject: str, key_field: str | None, clients: Clients
         key_field: field with the API key, or None.
         clients: parses the client address.
         attributes: the field of each attribute.
+        durations: where the duration of a request is; None if it is not needed.
 
     Returns:
         A function from a line to its request; it raises `Malformed`.
@@ -118,7 +129,14 @@ def text_parser(name: str, subject: str, key_field: str | None, clients: Clients
     for field in (subject, *((key_field,) if key_field else ()), *attributes):
         if field not in fields:
             raise SettingsError(f"a log in the format {name} has no field {field!r}; its fields are {', '.join(fields)}")
+    if durations is not None and (name not in OF_TEXT or durations.field.lower() != "duration"):
+        raise SettingsError(
+            f"a log in the format {name} has no field {durations.field!r} with the duration of a request: give a JSON, CSV or "
+            f"W3C log that has one, or --duration-field duration for the formats {', '.join(OF_TEXT)}"
+        )
     find = _reader(subject, key_field, clients, _READERS[name], attributes)
+    if durations is not None:
+        return _with_duration(find, name, durations)
     is_plain = is_clf and subject in ("ip", "user") and not key_field and not attributes
     return _with_fast_path(find, subject == "ip", clients) if is_plain else find
 
@@ -140,7 +158,8 @@ def _with_fast_path(slow: Parse, by_ip: bool, clients: Clients) -> Parse:
             path = path[: MAX_PATH_BYTES + 1]
         # A named tuple's own constructor takes five times as long.
         return _new(
-            Request, (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, "", (), (), 1)
+            Request,
+            (moment_of(time_text), ip, method, path, ip if by_ip else "" if user == "-" else user, "", (), (), 1, UNKNOWN),
         )
 
     return parse
@@ -158,7 +177,19 @@ def _reader(
         own = tuple(name_of(values[field]) for field in attributes)
         if not (ip or named or key or any(own)):
             raise NoAddress(found.client)
-        return _new(Request, (found.at_us, ip, found.method, found.path, named, key, own, (), 1))
+        return _new(Request, (found.at_us, ip, found.method, found.path, named, key, own, (), 1, UNKNOWN))
+
+    return parse
+
+
+def _with_duration(find: Parse, name: str, durations: Durations) -> Parse:
+    read, (duration_of_text, is_end) = _READERS[name], OF_TEXT[name]
+    if durations.logged_at:
+        is_end = durations.logged_at == "end"
+
+    def parse(line: str) -> Request:
+        request = find(line)
+        return request.lasting(duration_of_text(read(bare_line(line)).taken), is_end)
 
     return parse
 
@@ -200,13 +231,13 @@ def _envoy(text: str) -> LogFields:
     if found is None:
         raise Malformed("not a line of Envoy's default format")
     method, path = request_of_line(f"{found[2]} {found[3]}")
-    client = found[4]
+    client = found[5]
     if not text.endswith('"'):
         # Istio appends cluster, addresses of upstream and listener, the client as Envoy derived it from the chain, SNI, route.
         tail = text.rsplit(" ", 6)
         if len(tail) == 7 and tail[0].endswith('"') and address_of(tail[4]):
             client = tail[4]
-    return LogFields(timestamp_us(found[1]), client, method, path, agent=found[5])
+    return LogFields(timestamp_us(found[1]), client, method, path, agent=found[6], taken=found[4])
 
 
 def _haproxy(text: str) -> LogFields:
@@ -216,15 +247,15 @@ def _haproxy(text: str) -> LogFields:
         raise Malformed("not a line of HAProxy's HTTP format (option httplog)")
     method, path = request_of_line(text[start + 2 :].removesuffix('"'))
     # It has no offset; UTC is assumed, so that the result is the same on every machine.
-    return LogFields(timestamp_us(f"{found[2]} +0000"), found[1], method, path)
+    return LogFields(timestamp_us(f"{found[2]} +0000"), found[1], method, path, taken=found[3])
 
 
 def _alb(text: str) -> LogFields:
     found = _ALB.match(text)
     if found is None:
         raise Malformed("not a line of an AWS load balancer")
-    method, path = request_of_line(found[3])
-    return LogFields(timestamp_us(found[1]), found[2], method, path, agent=found[4] or "-")
+    method, path = request_of_line(found[4])
+    return LogFields(timestamp_us(found[1]), found[2], method, path, agent=found[5] or "-", taken=found[3])
 
 
 _READERS: Final[Mapping[str, Callable[[str], LogFields]]] = {

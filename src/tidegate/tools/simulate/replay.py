@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from tidegate.catalog.cache_level import Caller
+from tidegate.counters import Counters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.memory_storage import DEFAULT_MAX_SUBJECTS
 from tidegate.errors import BadRequest, SettingsError
 from tidegate.ip_addresses import client_of
 from tidegate.policy.attributes import NO_ATTRIBUTES, OnMissing
-from tidegate.policy.limits import LimitSet
 from tidegate.policy.matching import CompiledRule, CompiledTier, attribute_subject, subject_of
 from tidegate.policy.model import Policy
 from tidegate.policy.paths import STRICT, PathRules, canonical_path
 from tidegate.policy.rules import Subject
 from tidegate.tools.simulate.callers import PolicyCallers, is_refused
+from tidegate.tools.simulate.in_progress import RequestsInProgress, takes_slots
 from tidegate.tools.simulate.log_formats import Request
 from tidegate.tools.simulate.tallies import MAX_TOP, MINUTE_US, RuleTally, Series
 from tidegate.violations.space_saving import SpaceSaving
@@ -30,11 +31,12 @@ _REMEMBERED_LENGTH: Final = 256
 
 
 class _Match(msgspec.Struct, frozen=True):
-    """What applies to a method and a path in a tier: the matching rule, and shadow rules."""
+    """What applies to a method and a path in a tier: the matching rule, shadow rules, whether one limits requests in progress."""
 
     tally: RuleTally
     rule: CompiledRule | None
     shadow_rules: tuple[tuple[CompiledRule, RuleTally], ...]
+    has_slots: bool
 
 
 class _Charged(msgspec.Struct, frozen=True, gc=False):
@@ -54,6 +56,20 @@ class _Charged(msgspec.Struct, frozen=True, gc=False):
     attributes: Mapping[str, str]
 
 
+class _Taken(NamedTuple):
+    """What a request takes of its limits.
+
+    Args:
+        cost: units.
+        duration_us: how long it takes; below 0 if that is not known.
+        ends_us: when it ends.
+    """
+
+    cost: int
+    duration_us: int
+    ends_us: int
+
+
 class Replay:
     """Decides requests that come in time order.
 
@@ -63,6 +79,7 @@ class Replay:
         max_subjects: maximum number of counters.
         paths: which encodings of a path are accepted.
         attributes: names of the values in the `attributes` of each request.
+        durations: whether requests say how long they took; otherwise limits of requests in progress are not applied.
 
     Raises:
         SettingsError: if the policy has no such tier, or the default tier is ambiguous.
@@ -76,6 +93,7 @@ class Replay:
         max_subjects: int = DEFAULT_MAX_SUBJECTS,
         paths: PathRules = STRICT,
         attributes: Sequence[str] = (),
+        durations: bool = False,
     ) -> None:
         self.tallies: dict[tuple[str, str], RuleTally] = {}
         self.top: SpaceSaving[tuple[str, str]] = SpaceSaving(MAX_TOP)
@@ -90,19 +108,21 @@ class Replay:
         self.refused_attributes = 0
         self.worst_minute: tuple[int, int] | None = None
         self.counters = MemoryCounters(max_subjects, clock=lambda: self.now_us)
+        self.in_progress = RequestsInProgress(self.counters) if durations else None
+        self.without_duration = 0
         self._found = PolicyCallers(policy)
         self._attribute_names = tuple(attributes)
         # As live: a tier that is named comes before `[callers] tier_from`.
         self._tier_from = policy.caller_policy.tier_from if tier is None else ""
         self._matched_names: dict[CompiledTier, tuple[str, ...]] = {}
         self._default_tier = _default_tier(policy, tier)
-        self.in_progress = sorted(
+        self.not_applied = sorted(
             f"{each.name}: {rule.name}"
             for each in policy.tiers
             for rule in each.rules
-            if rule.failures is not None or any(limit.concurrent for limit in rule.limits)
+            if rule.failures is not None or (not durations and any(limit.concurrent for limit in rule.limits))
         )
-        """Rules that count requests in progress or failures, which need to know when and how requests ended."""
+        """Rules with limits that are not applied: of failures, and of requests in progress without durations."""
         self._add_rows(self._found.tiers[self._default_tier].compiled)
         # A tier that is named applies to all callers without a key of the policy.
         self._reads_tiers = tier is None
@@ -114,7 +134,9 @@ class Replay:
 
     def decide(self, request: Request) -> None:
         """Decide one request and count the result. If it is earlier than the previous one, the previous time is used."""
-        at_us, ip, method, path, subject, api_key, values, named, cost = request
+        at_us, ip, method, path, subject, api_key, values, named, cost, duration_us = request
+        if self.in_progress is not None:
+            self.in_progress.end_until(at_us)
         if at_us > self.now_us:
             self.now_us = at_us
             if self.first_us is None:
@@ -150,14 +172,18 @@ class Replay:
             if main is None:
                 self.refused_attributes += 1
                 return
-        blocked = not self._charge(match, _Charged(caller, main or counted, counted, customer or counted, attributes), cost)
+        if duration_us < 0 and match.has_slots and self.in_progress is not None:
+            self.without_duration += 1
+        charged = _Charged(caller, main or counted, counted, customer or counted, attributes)
+        took = _Taken(cost, duration_us, at_us + duration_us)
+        blocked = not self._charge(match, charged, took)
         self.series.add(self.now_us, blocked)
         for shadow_rule, tally in match.shadow_rules:
             watched = _counted(shadow_rule, tier, counted, ip, attributes, customer)
             if watched is None:
                 continue
             charged = _Charged(caller, watched, counted, customer or counted, attributes)
-            tally.add(self.counters.charge_all(_rule_counters(shadow_rule, charged), cost).allowed, cost)
+            self._decide(tally, self._rule_counters(shadow_rule, charged), took)
 
     def finish(self) -> None:
         """Close the last minute."""
@@ -205,17 +231,15 @@ class Replay:
             self._matched_names[tier] = names
         return names
 
-    def _charge(self, match: _Match, charged: _Charged, cost: int) -> bool:
+    def _charge(self, match: _Match, charged: _Charged, took: _Taken) -> bool:
         """Decide by the matching rule and the tier's own limits and quotas, in one step as the gate does."""
         caller = charged.caller
-        counters = () if match.rule is None else _rule_counters(match.rule, charged)
+        counters = () if match.rule is None else self._rule_counters(match.rule, charged)
         if caller.tier.limits is not None:
             counters = (*counters, (caller.tier.limits, charged.own))
         if caller.quotas is not None:
             counters = (*counters, (caller.quotas, charged.owner))
-        allowed = not counters or self.counters.charge_all(counters, cost).allowed
-        match.tally.add(allowed, cost)
-        if allowed:
+        if self._decide(match.tally, counters, took):
             return True
         self.top.add((charged.counted, match.tally.rule))
         minute = self.now_us // MINUTE_US
@@ -224,6 +248,35 @@ class Replay:
             self._minute = minute
         self._minute_blocked += 1
         return False
+
+    def _decide(self, tally: RuleTally, counters: Counters, took: _Taken) -> bool:
+        """Charge a request to counters, and count whether it is allowed."""
+        in_progress = self.in_progress
+        if in_progress is None or not takes_slots(counters):
+            allowed = not counters or self.counters.charge_all(counters, took.cost).allowed
+            tally.add(allowed, took.cost)
+            return allowed
+        if took.duration_us < 0:
+            # As a check: denied while no slot is free, and takes none.
+            allowed = self.counters.charge_all(counters, took.cost).allowed
+        else:
+            allowed = in_progress.admit(counters, took.cost, self.now_us, took.ends_us)
+        tally.add(allowed, took.cost)
+        if not allowed and not in_progress.has_free_slots(counters):
+            tally.blocked_in_progress += 1
+        return allowed
+
+    def _rule_counters(self, rule: CompiledRule, charged: _Charged) -> Counters:
+        """What a rule charges a request to: its limits and slots, and its quotas by the anchor of the caller."""
+        if rule.action is not None:
+            return ()
+        counters: Counters = ((rule.limits_of(charged.counted, charged.attributes), charged.counted),) if rule.limited else ()
+        if rule.slots is not None and self.in_progress is not None:
+            counters = (*counters, (rule.slots, charged.counted))
+        if rule.quotas is None:
+            return counters
+        owner = charged.owner if rule.subject is Subject.API_KEY else charged.counted
+        return (*counters, (rule.quotas.of(charged.caller.anchor), owner))
 
     def _close_minute(self) -> None:
         if self._minute_blocked and (self.worst_minute is None or self._minute_blocked > self.worst_minute[1]):
@@ -247,14 +300,13 @@ class Replay:
             tally = self._tally(tier, "(tier)", "", "enforce")
         else:
             tally = self._tally(tier, "(no rule)", "", "none")
-        match = _Match(
-            tally,
-            rule,
-            tuple(
-                (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
-                for each in tier.shadow_rules(method, canonical, attributes)
-            ),
+        shadow_rules = tuple(
+            (each, self._tally(tier, each.rule.name, each.rule.endpoint, "shadow"))
+            for each in tier.shadow_rules(method, canonical, attributes)
         )
+        watched = [each for each, _ in shadow_rules]
+        has_slots = any(each.slots is not None for each in ([rule, *watched] if rule is not None else watched))
+        match = _Match(tally, rule, shadow_rules, has_slots)
         # Long paths are seldom repeated, and clients that send them must not fill the memory.
         if len(path) <= _REMEMBERED_LENGTH:
             if len(self._matches) >= _MAX_REMEMBERED:
@@ -273,17 +325,6 @@ class Replay:
         if tally is None:
             tally = self.tallies[(name, rule)] = RuleTally(name, rule, endpoint, mode)
         return tally
-
-
-def _rule_counters(rule: CompiledRule, charged: _Charged) -> tuple[tuple[LimitSet, str], ...]:
-    """What a rule charges a request to: its limits, and its quotas by the anchor of the caller."""
-    if rule.action is not None:
-        return ()
-    limits = ((rule.limits_of(charged.counted, charged.attributes), charged.counted),) if rule.limited else ()
-    if rule.quotas is None:
-        return limits
-    owner = charged.owner if rule.subject is Subject.API_KEY else charged.counted
-    return (*limits, (rule.quotas.of(charged.caller.anchor), owner))
 
 
 def _default_tier(policy: Policy, tier: str | None) -> str:

@@ -24,6 +24,7 @@ class RuleRow(msgspec.Struct, frozen=True):
 
     `rule` is `(tier)` for a tier's own limits alone, and `(no rule)` without any limit; `mode` is enforce, shadow, or none. For a
     shadow rule, `blocked` counts requests that it would have blocked. Units are requests where the log has no costs.
+    `blocked_in_progress` are those of `blocked` for which no slot was free.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class RuleRow(msgspec.Struct, frozen=True):
     mode: str
     allowed_units: int
     blocked_units: int
+    blocked_in_progress: int = 0
 
 
 class TopRow(msgspec.Struct, frozen=True):
@@ -119,6 +121,9 @@ class Report(msgspec.Struct, frozen=True):
     step_s: int
     with_costs: bool = False
     not_simulated: list[str] = []
+    with_durations: bool = False
+    without_duration: int = 0
+    ended_early: int = 0
 
 
 def make_report(
@@ -146,6 +151,7 @@ def make_report(
             tally.mode,
             tally.allowed_units,
             tally.blocked_units,
+            tally.blocked_in_progress,
         )
         for tally in sorted(
             replay.tallies.values(), key=lambda each: (each.mode == "shadow", -(each.allowed + each.blocked), each.rule)
@@ -183,7 +189,10 @@ def make_report(
         series=[(number * step_s, *counts) for number, counts in sorted(replay.series.steps.items())],  # type: ignore[misc]
         step_s=step_s,
         with_costs=with_costs,
-        not_simulated=replay.in_progress,
+        not_simulated=replay.not_applied,
+        with_durations=replay.in_progress is not None,
+        without_duration=replay.without_duration,
+        ended_early=0 if replay.in_progress is None else replay.in_progress.ended_early,
     )
 
 
@@ -202,8 +211,11 @@ def print_report(report: Report, policy: str) -> None:
         f"{report.allowed:,} allowed, {report.blocked:,} blocked ({_share(report.blocked, report.requests)})"
     )
     console.print()
-    units = ("units allowed", "units blocked") if report.with_costs else ()
-    table = _table(("rule", "tier", "requests", "allowed", "blocked", "share", *units))
+    further = [
+        *(("units allowed", "units blocked") if report.with_costs else ()),
+        *(("no free slot",) if report.with_durations else ()),
+    ]
+    table = _table(("rule", "tier", "requests", "allowed", "blocked", "share", *further))
     for row in report.rules:
         name = row.rule + (" (shadow)" if row.mode == "shadow" and "shadow" not in row.rule else "")
         numbers: tuple[str, ...] = (
@@ -214,6 +226,8 @@ def print_report(report: Report, policy: str) -> None:
         )
         if report.with_costs:
             numbers += (f"{row.allowed_units:,}", f"{row.blocked_units:,}")
+        if report.with_durations:
+            numbers += (f"{row.blocked_in_progress:,}",)
         table.add_row(Text(clean(name)), Text(clean(row.tier)), *numbers)
     console.print(table)
     if report.top_blocked:
@@ -265,9 +279,19 @@ def notes(report: Report) -> list[str]:
         )
     if report.not_simulated:
         lines.append(
-            "not simulated, because a log does not say when and how requests ended: limits of requests in progress and of "
-            f"failures, of the rules {clean(', '.join(report.not_simulated[:20]))}"
+            "not simulated, because a log does not say how requests ended: limits of failures, of the rules "
+            if report.with_durations
+            else "not simulated, because the log does not say how long requests took (--duration-field) and how they ended: "
+            "limits of requests in progress and of failures, of the rules "
         )
+        lines[-1] += clean(", ".join(report.not_simulated[:20]))
+    if report.without_duration:
+        lines.append(
+            f"{report.without_duration:,} requests have no duration: they were denied where no slot was free, but took none, so "
+            "limits of requests in progress may have blocked too few"
+        )
+    if report.ended_early:
+        lines.append(f"{report.ended_early:,} requests in progress lost their slots too early: increase --max-subjects")
     if report.top_over_by_at_most:
         lines.append(
             "more subjects were blocked than are counted exactly: the counts of those blocked most may be "
@@ -281,7 +305,7 @@ def notes(report: Report) -> list[str]:
 def _table(columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        numeric = column in ("requests", "allowed", "blocked", "share", "units allowed", "units blocked")
+        numeric = column not in ("rule", "tier", "most blocked")
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return table
 

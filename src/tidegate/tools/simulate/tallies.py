@@ -34,7 +34,17 @@ class RuleTally:
         mode: enforce, shadow or none.
     """
 
-    __slots__ = ("allowed", "allowed_units", "blocked", "blocked_units", "endpoint", "mode", "rule", "tier")
+    __slots__ = (
+        "allowed",
+        "allowed_units",
+        "blocked",
+        "blocked_in_progress",
+        "blocked_units",
+        "endpoint",
+        "mode",
+        "rule",
+        "tier",
+    )
 
     def __init__(self, tier: str, rule: str, endpoint: str, mode: str) -> None:
         self.tier = tier
@@ -43,6 +53,7 @@ class RuleTally:
         self.mode = mode
         self.allowed = self.allowed_units = 0
         self.blocked = self.blocked_units = 0
+        self.blocked_in_progress = 0
 
     def add(self, allowed: bool, cost: int) -> None:
         """Count one request.
