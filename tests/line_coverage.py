@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ import pytest
 
 VARIABLE: Final = "TESTS_COVERAGE"
 SOURCE: Final = str(Path(__file__).parents[1] / "src" / "tidegate")
+DISTRIBUTED: Final = ("-n", "--numprocesses", "--tx")
+"""The options of pytest-xdist that make this process distribute the tests."""
 
 
 class Counter:
@@ -28,10 +31,10 @@ class Counter:
     def __init__(self) -> None:
         import slipcover  # type: ignore[import-untyped]
 
-        # Files that nobody imported are missing too. One process looks for them.
-        source = None if "PYTEST_XDIST_WORKER" in os.environ else [SOURCE]
-        self._counted = slipcover.Slipcover(branch=True, source=source)
-        slipcover.ImportManager(self._counted, slipcover.FileMatcher(sources=[SOURCE])).__enter__()
+        self._counted = slipcover.Slipcover(branch=True)
+        # The process that distributes the tests runs none, and waits the less for what it imports.
+        if not any(argument.startswith(DISTRIBUTED) for argument in sys.argv[1:]):
+            slipcover.ImportManager(self._counted, slipcover.FileMatcher(sources=[SOURCE])).__enter__()
         self._of_workers: list[dict[str, Any]] = []
 
     @pytest.hookimpl(optionalhook=True)
@@ -46,6 +49,11 @@ class Counter:
             output[VARIABLE] = json.dumps(self._counted.get_coverage())
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        # Files that no process imported are missing too: here alone they are looked for.
+        for counted in self._of_workers:
+            for path in counted["files"]:
+                self._counted.code_lines.setdefault(str(Path.cwd() / path), set())
+        self._counted.source = [SOURCE]
         terminalreporter.section("coverage: what no test ran")
         terminalreporter.write(report([self._counted.get_coverage(), *self._of_workers]))
 
