@@ -1,9 +1,10 @@
 """Which lines and branches of Tidegate the tests run, printed at the end: on where `TESTS_COVERAGE` is set, as `make test` does.
 
 SlipCover counts by changing the bytecode of what is imported, and takes its marks out again where they were hit. Measured on
-Python 3.11 with ten files of tests that compute, 43 s of CPU: 1 to 15 % more; coverage.py
-takes 130 % more. To mark all of Tidegate takes 8 s, which `worker_server` does once for all processes. Counted is what runs in the processes of the tests. What runs
-only in a `tidegate` process of its own is not, though tests cover it: the supervisor, its workers, the start of a server.
+Python 3.11 with ten files of tests that compute, 43 s of CPU: 1 to 15 % more; coverage.py takes 130 % more. To mark all of
+Tidegate takes 8 s more, which `worker_server` does once for all processes. Counted is what runs in the processes of the tests.
+What runs only in a `tidegate` process of its own is not, though tests cover it: the supervisor, its workers, the start of a
+server.
 
 This module is imported before Tidegate: only what is imported later is counted.
 """
