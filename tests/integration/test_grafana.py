@@ -30,8 +30,6 @@ DASHBOARDS = {file.stem: json.loads(file.read_text()) for file in FILES}
 SOURCE = {"type": "prometheus", "uid": "tidegate-prometheus"}
 DIVISOR = 30
 BUSY_S = 20.0
-PAUSE_S = 0.5
-"""Between two rounds of all queries of a dashboard: a round is up to a hundred requests."""
 BUILT_IN = {"$__rate_interval": "1m", "$__range": "5m"}
 NAMES = sorted(DASHBOARDS)
 
@@ -198,7 +196,7 @@ def unanswered(prometheus: Prometheus, dashboard: dict[str, Any]) -> dict[str, A
 def test_every_query_of_every_panel_is_answered(watched: Watched, name: str) -> None:
     # All at once, but not at any moment: on a busy machine a scrape may come too late, with a time-out of a third of a second.
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: not unanswered(watched.prometheus, DASHBOARDS[name]), BUSY_S, "all are answered", PAUSE_S)
+        wait_until(lambda: not unanswered(watched.prometheus, DASHBOARDS[name]), BUSY_S, "all are answered")
         return
     assert unanswered(watched.prometheus, DASHBOARDS[name]) == {}
 
