@@ -36,21 +36,15 @@ setup: $(VENV)/.dev ## prepare a checkout for changes: a virtual environment in 
 unit: $(VENV)/.dev ## run the tests that need Python alone: no root, no Debian packages, no servers; about a minute
 	$(BIN)/python -m pytest tests/unit -m unit -n auto --dist loadfile --no-loadscope-reorder
 
-# Many tests wait for servers: five at a time keep two cores busy.
-TESTS_AT_ONCE ?= 5
+# Many tests wait for servers: six at a time keep two cores busy.
+TESTS_AT_ONCE ?= 6
 # 1 prints line and branch coverage, for up to 15 % more CPU time; 0 does without.
 TESTS_COVERAGE ?= 1
-
-# pytest compiles all tests before it runs them: once here, rather than in each of the processes that run them.
-$(VENV)/.compiled: $(VENV)/.dev $(shell find tests src -name '*.py')
-	@printf '%s\n' tests/unit tests/integration | xargs -P 2 -n 1 $(BIN)/python -m pytest --collect-only -qq > /dev/null
-	@touch $@
 
 test: $(VENV)/.dev ## install the servers that tests need, run all tests, print what they do not cover
 	scripts/install-debian-packages $$(cat scripts/test-packages.txt)
 	scripts/fetch-opensearch $(VENV)/opensearch
 	$(BIN)/lint-imports --no-cache
-	@$(MAKE) --no-print-directory $(VENV)/.compiled
 	TESTS_COVERAGE=$(TESTS_COVERAGE) $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev ## check format, style, spelling, types, import layers and image digests; changes nothing

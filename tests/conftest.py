@@ -21,7 +21,7 @@ from httpx._config import DEFAULT_TIMEOUT_CONFIG, create_ssl_context
 from httpx._transports import default as _httpx_transports
 from hypothesis import HealthCheck, settings
 
-from tests import markers, run_order
+from tests import markers, run_order, worker_server
 from tests.cases.doors import POLICY
 from tests.moments import PATIENCE_S
 from tests.servers import forked
@@ -99,6 +99,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)  # also in the process that distributes the tests
 def pytest_runtestloop() -> None:
     garbage.collect_from_now_on()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    worker_server.start_workers_from_here(config, specs)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -62,14 +62,19 @@ def _load() -> list[str]:
     return schema
 
 
-def serve(listener: socket.socket) -> list[str] | None:
+def serve(listener: socket.socket, kill_with_connection: bool = False) -> list[str] | None:
     """Fork a process for each request until all connections are closed.
+
+    Args:
+        listener: accepts the connections.
+        kill_with_connection: kills the processes of a connection that is closed.
 
     Returns:
         In the copy, the arguments of its command; None in the server itself at the end.
     """
     pipes: dict[int, tuple[int, int]] = {}  # pidfd → process id, pipe
     connections: dict[int, socket.socket] = {}
+    requested: dict[int, int] = {}  # pidfd → its connection
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     while True:
@@ -81,6 +86,7 @@ def serve(listener: socket.socket) -> list[str] | None:
                 poll.register(connection, select.POLLIN)
             elif ready in pipes:
                 pid, pipe = pipes.pop(ready)
+                requested.pop(ready)
                 poll.unregister(ready)
                 os.close(ready)
                 _, status = os.waitpid(pid, 0)
@@ -91,6 +97,8 @@ def serve(listener: socket.socket) -> list[str] | None:
                 if not head:
                     poll.unregister(ready)
                     connections.pop(ready).close()
+                    for running in [running for running, by in requested.items() if kill_with_connection and by == ready]:
+                        signal.pidfd_send_signal(running, signal.SIGKILL)
                     if not connections:
                         return None
                     continue
@@ -105,6 +113,7 @@ def serve(listener: socket.socket) -> list[str] | None:
                 _say(files[3], pid)
                 waiting = os.pidfd_open(pid)
                 pipes[waiting] = pid, files[3]
+                requested[waiting] = ready
                 poll.register(waiting, select.POLLIN)
 
 

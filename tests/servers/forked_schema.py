@@ -13,6 +13,7 @@ import tempfile
 import types
 from pathlib import Path
 
+from alembic import command as migrations
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 
@@ -46,7 +47,6 @@ async def _open_once(url: str) -> None:
 
 def copy_schema(statements: list[str]) -> None:
     """From now on, let this process make an empty SQLite database with statements of `record_schema`."""
-    migrations = schema.command
 
     def upgrade(config: Config, revision: str) -> None:
         connection = config.attributes["connection"]

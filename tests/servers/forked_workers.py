@@ -83,7 +83,7 @@ def run_and_end(main: Callable[[], None]) -> NoReturn:
     except SystemExit as ended:
         code = ended.code
     except BaseException:  # noqa: BLE001 - reported as at the end of any process
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     if isinstance(code, str):
         print(code, file=sys.stderr)
@@ -112,6 +112,6 @@ def fork_workers(main: Callable[[], None]) -> None:
     Args:
         main: runs the command of `sys.argv`.
     """
-    ForkedWorker.main = staticmethod(main)  # type: ignore[assignment]
+    ForkedWorker.main = staticmethod(main)
     forking = types.SimpleNamespace(**{**vars(subprocess), "Popen": ForkedWorker})
     setattr(supervisor, "subprocess", forking)  # noqa: B010 - the module does not export it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import socket
@@ -10,11 +11,15 @@ HOST = "127.0.0.1"
 BUS_OFFSET = 10_000
 """What a node of a Redis Cluster adds to its port for the port of its bus."""
 
-# Of processes that run tests side by side each has ports of its own: two would choose the same one now and then.
-_SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_PLACE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_PORTS = range(10_500 + _PLACE, 20_500, _SIDE_BY_SIDE)
 _given: set[int] = set()
+
+
+@functools.cache
+def _ports() -> range:
+    """Of processes that run tests side by side each has ports of its own: two would choose the same one now and then."""
+    side_by_side = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    place = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return range(10_500 + place, 20_500, side_by_side)
 
 
 def free_port() -> int:
@@ -27,7 +32,7 @@ def free_port() -> int:
     """
     chooser = random.SystemRandom()  # tests seed the shared generator
     for _ in range(1000):
-        port = chooser.choice(_PORTS)
+        port = chooser.choice(_ports())
         if port not in _given and _is_free(port) and _is_free(port + BUS_OFFSET):
             _given.add(port)
             return port

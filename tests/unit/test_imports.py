@@ -48,7 +48,8 @@ def test_the_library_needs_none_of_the_servers_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--version"], ["simulate", "--help"], ["plan", "--dau", "1M"], ["policy", "check", "--help"]]
+    "arguments",
+    [["--version"], ["simulate", "--help"], ["plan", "--dau", "1M"], ["policy", "check", "--help"], ["check", "--help"]],
 )
 def test_a_command_without_a_database_does_not_wait_for_one(arguments: list[str]) -> None:
     program = f"from typer.testing import CliRunner\nimport tidegate.cli\nran = CliRunner().invoke(tidegate.cli.app, {arguments})"
