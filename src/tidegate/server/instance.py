@@ -32,6 +32,7 @@ from tidegate.doors.key_sources import KeySources
 from tidegate.doors.probes import ProbePages
 from tidegate.doors.tls import ServerTls
 from tidegate.gate.gate import Gate, Observer
+from tidegate.gate.holds import HoldFigures
 from tidegate.listen_address import join_address, parse_address
 from tidegate.notifications.notifier import Notifier
 from tidegate.policy.paths import STRICT, PathRules
@@ -124,6 +125,7 @@ class Instance:
         self.first_token: str | None = None
         self.started_at = str(format_timestamp(now_us()))
         self.states: InstanceStates | None = None
+        self.holds = HoldFigures()
         self._listener: Listener | None = None
         self._admin: Listener | None = None
         self._grpc: GrpcListener | GrpcTlsListener | None = None
@@ -205,6 +207,7 @@ class Instance:
         counted = self._counted()  # before the observer: it starts tracing, which observes checks too
         observer = self._observer(recorders, access)
         gate = Gate(self.cached, counted, observer, lookup_timeout_s=2 * settings.catalog.timeout_s)
+        self.holds = gate.holds.figures
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._stack.push_async_callback(gate.tokens.close)
