@@ -12,7 +12,9 @@ two counters each, 16 connections; CPU of the server. *Memory*: the growth of `u
 opened at once, so that the buffers of the client stay small; in process, what tracemalloc counts. *Replay*: requests of language
 models, drawn with a fixed seed: tokens log-normal around 600, answers of 50 tokens a second, estimates 4 times too high, 1.5
 times as much demand as budget. The same log is replayed with holds, and with checks that charge the estimate, on counters in
-memory with a clock of the bench's own.
+memory with a clock of the bench's own. A bucket of one minute cannot meet the goal with this log,
+whatever the algorithm: `bench.hold_bounds` computes how much it could leave at most. So the same log is also replayed with a
+burst of five minutes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Final, NamedTuple
 
 import uvloop
 
+from bench.hold_bounds import Held, most_usable, usable_by_rerun
 from bench.http import cpu_of_threads_s, ours
 from bench.measure import Goal, report
 from bench.redis_calls import IN_FLIGHT, limiter
@@ -275,6 +278,19 @@ def usable(limit: str, algorithm: Algorithm, budget: int, period_us: int, *, hel
     return used / budget
 
 
+def bounds(minutes: int) -> list[tuple[str, float, Goal | None]]:
+    """What any algorithm could leave of the bucket of 600,000 tokens a minute, and what this one leaves of it."""
+    budget, period_us = 600_000 * minutes, minutes * 60_000_000
+    log = [Held(each.at_us, each.tokens, each.tokens * TOO_HIGH, each.ends_us) for each in requests_for(budget, period_us)]
+    name = f"% of 600,000 a minute for {minutes} minutes, token_bucket"
+    own = usable("600000/minute", Algorithm.TOKEN_BUCKET, budget, period_us, held=True)
+    return [
+        (f"{name}, usable", 100 * own, None),
+        (f"{name}, if histories were computed again", 100 * usable_by_rerun(log, 600_000, 0.01) / budget, None),
+        (f"{name}, at most by any algorithm", 100 * most_usable(log, 600_000, 0.01, period_us) / budget, None),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="only find out whether it runs")
@@ -328,12 +344,20 @@ def main() -> None:
         ("10,000,000 a day, fixed_window", "10000000/day", Algorithm.FIXED_WINDOW, 10_000_000, day_us),
         ("10,000,000 an hour, fixed_window", "10000000/hour", Algorithm.FIXED_WINDOW, 10_000_000, hour_us),
         ("600,000 a minute, token_bucket", "600000/minute", Algorithm.TOKEN_BUCKET, 600_000 * minutes, minutes * 60_000_000),
+        (
+            "600,000 a minute burst 3,000,000, token_bucket",
+            "600000/minute burst 3000000",
+            Algorithm.TOKEN_BUCKET,
+            600_000 * minutes,
+            minutes * 60_000_000,
+        ),
     )
     for name, limit, algorithm, budget, period_us in replays:
         for held in (True, False):
             share = usable(limit, algorithm, budget, period_us, held=held)
             goal = Goal(at_least=99.9) if held else None
             figures.append((f"% of {name} usable, {'holds' if held else 'charging the estimate'}", 100 * share, goal))
+    figures += bounds(5 if smoke else 60)
     report("holds", "Holds", figures, smoke=smoke)
 
 

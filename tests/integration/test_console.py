@@ -431,6 +431,25 @@ def test_a_session_that_is_over_asks_to_sign_in_again(console: Console) -> None:
     page.context.close()
 
 
+def test_holds_are_shown(console: Console) -> None:
+    before = console.api.get("/system").json()["holds"]
+    limits = {"namespace": "held", "subject": "me", "limits": ["10/day"], "ttl_s": 600}
+    held = [console.checks.post("/v1/holds", json=limits).json()["hold"] for _ in range(3)]
+    assert console.checks.post(f"/v1/holds/{held[0]}/settle", json={"cost": 1}).status_code == 200
+    page = console.open("/system")
+    section = page.locator("section", has=page.get_by_role("heading", name="Holds", exact=True))
+    section.wait_for()
+    for name, shown, more in (
+        ("open", "open, of all instances", 2),
+        ("opened", "opened here", 3),
+        ("settled", "settled in time", 1),
+    ):
+        fact = section.locator("dl > div", has=page.get_by_text(shown, exact=True))
+        fact.get_by_text(str(before[name] + more), exact=True).wait_for()
+    see(page, "open holds")
+    page.context.close()
+
+
 def test_settings_are_shown_without_secrets(console: Console) -> None:
     text = json.dumps(console.api.get("/system").json())
     assert TOKEN not in text

@@ -252,7 +252,7 @@ async def test_a_promoted_replica_knows_all_holds(new_redis: Callable[[], RedisS
     held = [(await first.open_hold(counters, 25, MINUTE_US))[1] for _ in range(4)]
     assert held[0] is not None
     await first.settle_hold(held[0], 5)
-    await until_true(lambda: _is_replicated(server))
+    await until_true(lambda: is_replicated(server))
     server.kill()
     await first.close()
     replica.must("REPLICAOF", "NO", "ONE")
@@ -275,14 +275,14 @@ class RandomHolds:
     reserved follows from what was settled and what is open.
 
     Args:
-        seed: of the choices.
+        choices: what is done next, at random.
         url: of the server.
     """
 
     LIMIT, SLOTS, SHORT_US = 200, 6, 30_000
 
-    def __init__(self, seed: int, url: str) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, choices: random.Random, url: str) -> None:
+        self.random = choices
         self.limits = limit_set(f"{self.LIMIT}/day")
         self.slots = LimitSet(f"random:{next(NAMES)}", ConcurrencyAlgorithm.CONCURRENT, [Limit.parse(f"{self.SLOTS} concurrent")])
         self.counters = ((self.limits, "k"), (self.slots, "k"))
@@ -355,11 +355,11 @@ class RandomHolds:
 async def test_random_holds_of_instances_that_die_and_a_redis_that_is_promoted(new_redis: Callable[[], RedisServer]) -> None:
     server, replica = new_redis(), new_redis()
     replica.must("REPLICAOF", "127.0.0.1", str(server.port))
-    runs = [RandomHolds(seed, server.url) for seed in range(6)]
+    runs = [RandomHolds(random.Random(seed), server.url) for seed in range(6)]
     for run in runs:
         for _ in range(40):
             await run.step()
-    await until_true(lambda: _is_replicated(server))
+    await until_true(lambda: is_replicated(server))
     server.kill()
     replica.must("REPLICAOF", "NO", "ONE")
     for run in runs:
@@ -370,7 +370,7 @@ async def test_random_holds_of_instances_that_die_and_a_redis_that_is_promoted(n
         await run.finish()
 
 
-async def _is_replicated(server: RedisServer) -> bool:
+async def is_replicated(server: RedisServer) -> bool:
     """WAIT is for what the same connection wrote; the replica applies all writes in order."""
 
     def waited() -> bool:

@@ -53,7 +53,7 @@ class FailingStore:
         self.loses_answer = False
         self.opened: HoldHandle | None = None
         self._fallback = MemoryCounters(clock=clock)
-        self.guard = GuardedHolds(self, lambda: False, self._admit, self._failed, lambda _: None, lambda: None)
+        self.guard = GuardedHolds(self, self._admit, self._failed, lambda _: None, lambda: None)
 
     async def _admit(self, charge: Charge, started_us: int) -> ChargeOutcome | None:
         return None
@@ -90,7 +90,7 @@ class FailingStore:
         return at_once(self.guard.open(counters, cost, ttl_us, None))
 
     def settle_hold_now(self, handle: HoldHandle, cost: int) -> HoldSettlement:
-        return at_once(self.guard.settle(handle, cost, False))
+        return at_once(self.settle_hold(handle, cost))
 
     def renew_hold_now(self, handle: HoldHandle, ttl_us: int) -> None:
         self._arrives()

@@ -5,9 +5,13 @@ from __future__ import annotations
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
+from tidegate.counters.redis.instances import InstanceState
 from tidegate.counters.redis.store import RedisCounters
-from tidegate.server.system import HIDDEN, counters_report, settings_without_secrets
+from tidegate.gate.holds import HoldFigures
+from tidegate.policy.limits import Algorithm, Limit, LimitSet
+from tidegate.server.system import HIDDEN, counters_report, holds_report, open_and_expired, settings_without_secrets
 from tidegate.settings import AdminSettings, CacheSettings, CatalogSettings, CounterSettings, Settings
+from tidegate.timestamps import now_us
 
 
 def test_secrets_are_hidden_and_urls_have_no_password() -> None:
@@ -24,6 +28,23 @@ def test_secrets_are_hidden_and_urls_have_no_password() -> None:
     assert shown["catalog"]["url"] == "postgresql://db/x"
     assert shown["cache"]["max_keys"] == 100_000
     assert settings_without_secrets(Settings())["admin"]["token"] is None
+
+
+async def test_holds_of_all_instances_are_summed() -> None:
+    store = MemoryCounters()
+    _, hold = store.open_hold_now(((LimitSet("r", Algorithm.FIXED_WINDOW, [Limit.parse("9/day")]), "k"),), 3, 1_000_000)
+    assert hold is not None
+    assert open_and_expired(store) == (1, 0)
+    guarded = GuardedCounters(RedisCounters("redis://127.0.0.1:1", 0.05))
+    guarded.store.holds.ends.note(now_us() + 60_000_000, 1)
+    assert open_and_expired(guarded) == open_and_expired(LeasedCounters(guarded)) == (1, 0)
+    await guarded.close()
+    # One opened four that the other settled; an older version says nothing of holds.
+    states = [InstanceState("a", "", "1", 1, "", *figures) for figures in ((6, 2), (-4, -1))]
+    states.append(InstanceState("c", "", "1", 1, ""))
+    report = holds_report(HoldFigures(), states)
+    assert (report["open"], report["expired_unsettled"], report["opened"]) == (2, 1, 0)
+    assert holds_report(HoldFigures(), states[1:2])["open"] == 0
 
 
 async def test_every_kind_of_store_is_described() -> None:

@@ -13,9 +13,10 @@ from tests.unit.test_telemetry import values
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
 from tidegate.counters.memory import MemoryCounters
-from tidegate.decision import Check, Decision, PassedCheck, UsageMemo
+from tidegate.decision import Check, Decision
 from tidegate.gate.gate import Gate
 from tidegate.ledger.aggregate import EntryKey, UsageCounts
+from tidegate.observation import PassedCheck, UsageMemo
 from tidegate.policy.toml_reader import parse_policy
 from tidegate.server.observers import observe_all, observe_all_passed
 from tidegate.telemetry.metrics import Metrics

@@ -35,6 +35,7 @@ from tidegate.doors.http import DataPlane
 from tidegate.doors.key_sources import KeySources
 from tidegate.doors.probes import ProbePages
 from tidegate.gate.gate import Gate, Observer, PassedObserver
+from tidegate.gate.holds import HoldFigures
 from tidegate.listen_address import join_address, listener_url
 from tidegate.notifications.notifier import Notifier
 from tidegate.policy.paths import STRICT, PathRules
@@ -116,6 +117,7 @@ class Instance:
         self.first_token: str | None = None
         self.started_at = str(format_timestamp(now_us()))
         self.states: InstanceStates | None = None
+        self.holds = HoldFigures()
         self.listeners = Listeners(settings, shares_port=self._shares_port, unix_sockets=unix_sockets or {})
         self._resources = Resources(self.health)
         self._tracing: Tracing | None = None
@@ -223,6 +225,7 @@ class Instance:
             observe_passed=passed,
             all_windows=self.settings.server.window_headers,
         )
+        self.holds = gate.holds.figures
         if recorders.usage is not None:
             gate.holds.on_settled = recorders.usage.counts.count_settled
         self._resources.on_close(gate.tokens.close)

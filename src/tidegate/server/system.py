@@ -10,10 +10,12 @@ import msgspec
 
 from tidegate._version import __version__
 from tidegate.counters import CounterStore
+from tidegate.counters.factory import guard_of
 from tidegate.counters.guarded import GuardedCounters
 from tidegate.counters.leased import LeasedCounters
 from tidegate.counters.memory import MemoryCounters
 from tidegate.counters.redis.instances import InstanceState
+from tidegate.gate.holds import HoldFigures
 from tidegate.settings import Settings
 from tidegate.url_parts import without_secrets
 
@@ -60,6 +62,7 @@ def system_report(instance: Instance) -> Callable[[], Any]:
                 ],
             },
             "counters": counters_report(instance.counters),
+            "holds": holds_report(instance.holds, _instances(instance)),
             "requests": {"in_flight": instance.in_flight, "connections": instance.connections},
             "settings": shown,
         }
@@ -70,7 +73,9 @@ def system_report(instance: Instance) -> Callable[[], Any]:
 def state_of(instance: Instance) -> InstanceState:
     """What an instance reports of itself to the others."""
     name = _name(instance.counters) or "single"
-    return InstanceState(name, instance.address, __version__, instance.cached.version, instance.started_at)
+    return InstanceState(
+        name, instance.address, __version__, instance.cached.version, instance.started_at, *open_and_expired(instance.counters)
+    )
 
 
 def _instances(instance: Instance) -> Sequence[InstanceState]:
@@ -109,6 +114,33 @@ def counters_report(counters: CounterStore) -> dict[str, Any]:
     if isinstance(counters, MemoryCounters):
         return {"kind": "memory", "subjects": len(counters), "evicted": counters.evicted}
     return {"kind": type(counters).__name__}
+
+
+def open_and_expired(counters: CounterStore) -> tuple[int, int]:
+    """Open holds, and those that expired unsettled, as this process counts them."""
+    if isinstance(counters, MemoryCounters):
+        return counters.open_holds, counters.expired_holds
+    guard = guard_of(counters)
+    return (0, 0) if guard is None else (guard.store.holds.ends.open, guard.store.holds.ends.expired)
+
+
+def holds_report(figures: HoldFigures, instances: Sequence[InstanceState]) -> dict[str, int]:
+    """Holds, as JSON types.
+
+    Args:
+        figures: what became of those of this process.
+        instances: all that share the store.
+    """
+    return {
+        # The number of one instance is below 0 where others opened what it settled.
+        "open": max(sum(each.holds_open for each in instances), 0),
+        "expired_unsettled": max(sum(each.holds_expired for each in instances), 0),
+        "opened": figures.opened,
+        "denied": figures.denied,
+        "settled": figures.settled,
+        "late": figures.late,
+        "degraded": figures.degraded,
+    }
 
 
 def settings_without_secrets(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,8 @@ class InstanceState(msgspec.Struct, frozen=True):
         version: of Tidegate.
         catalog_version: of the catalog, as it applies it.
         started_at: timestamp.
+        holds_open: open holds: opened here less settled here, so only the sum over all instances is exact.
+        holds_expired: holds that expired unsettled, counted in the same way.
     """
 
     name: str
@@ -45,6 +47,8 @@ class InstanceState(msgspec.Struct, frozen=True):
     version: str
     catalog_version: int
     started_at: str
+    holds_open: int = 0
+    holds_expired: int = 0
 
 
 class _Entry(msgspec.Struct):

@@ -11,7 +11,7 @@ export default async function system(root, view) {
   let shown = false;
   await view.live(2000, async (options) => {
     const found = await get("/system", {}, options);
-    refill(state, facts(found), components(found), instances(found.instances ?? []), counters(found.counters), catalog(found.catalog));
+    refill(state, facts(found), components(found), instances(found.instances ?? []), counters(found.counters), holds(found.holds), catalog(found.catalog));
     if (!shown) fill(settings, settingsList(found.settings));
     shown = true;
   });
@@ -39,10 +39,12 @@ function instances(items) {
     each.address,
     each.version,
     h(`span.badge.${each.catalog_version === newest ? "healthy" : "shadow"}`, {}, each.catalog_version === newest ? String(each.catalog_version) : `${each.catalog_version}, behind`),
+    number(each.holds_open),
+    number(each.holds_expired),
     time(each.started_at),
   ]);
   if (rows.length === 0) return null;
-  return h("section", {}, h("h2", {}, "Instances"), table("Instances", ["instance", "address", "Tidegate", "catalog version", "started"], rows));
+  return h("section", {}, h("h2", {}, "Instances"), table("Instances", ["instance", "address", "Tidegate", "catalog version", "#open holds", "#expired holds", "started"], rows));
 }
 
 function components(found) {
@@ -90,6 +92,24 @@ function counters(found) {
       : null,
     shards.length ? table("Shards", ["shard", "circuit breaker"], shards) : null,
     without.length ? [h("h3", {}, "Decided without the store, since the start"), table("Decided without the store", ["reason", "#checks"], without)] : null,
+  );
+}
+
+function holds(found) {
+  if (!found) return null;
+  return h(
+    "section",
+    {},
+    h("h2", {}, "Holds"),
+    list([
+      ["open, of all instances", number(found.open)],
+      ["expired unsettled, of all instances", number(found.expired_unsettled)],
+      ["opened here", number(found.opened)],
+      ["denied", number(found.denied)],
+      ["settled in time", number(found.settled)],
+      ["settled late", number(found.late)],
+      ["opened without the store", number(found.degraded)],
+    ]),
   );
 }
 
