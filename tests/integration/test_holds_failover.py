@@ -68,8 +68,8 @@ def test_holds_while_redis_is_killed_and_its_replica_promoted(new_redis: Callabl
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         HoldsOverRedis,
         settings=settings(
-            max_examples=4,
-            stateful_step_count=12,
+            max_examples=3,
+            stateful_step_count=8,
             phases=(Phase.generate,),
             suppress_health_check=list(HealthCheck),
         ),

@@ -356,6 +356,7 @@ async def test_nothing_is_leased_beside_an_instance_of_a_version_without_leases(
         await ask(store, limits, 20)
         assert not store.table.leases
         server.call("ZREM", "tg:{instances}", "an older version")
+        await ready(store, limits)
         await ask_until_leased(store, limits)
     finally:
         await store.close()

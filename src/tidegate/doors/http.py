@@ -117,7 +117,6 @@ class DataPlane:
         self._callers = callers
         self._keys = keys or KeySources()
         self.layouts = authorize_layouts()
-        self._check_now = gate.check_now
         self._reads_facts = access is None and callers is None and self._keys.is_default
         # The policy, within a turn in which it reads no more than `facts_check` of plain requests.
         self._turn_policy: CallerPolicy | None = None
@@ -200,7 +199,7 @@ class DataPlane:
                 if check is None:
                     exchange = request.open()
                     return self.__rsgi__(exchange, exchange)
-            decision = self._check_now(check)
+            decision = self._gate.check_now(check)
             if not isinstance(decision, Decision):
                 return self._answer_later(request, check, decision)
             connection = request.connection

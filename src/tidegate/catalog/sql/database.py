@@ -10,6 +10,7 @@ the primary, and so what they wrote.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -26,6 +27,7 @@ from tidegate.catalog.sql.change_log import WriteTransaction, no_state
 from tidegate.catalog.sql.database_errors import READ_ONLY, cannot_write, is_transient, sqlstate_of
 from tidegate.catalog.sql.engine import (
     BUSY_TIMEOUT_MS,
+    checked_out,
     is_postgres,
     open_engine,
     read_rows,
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "tidegate_catalog"
 """Where PostgreSQL announces changes (NOTIFY)."""
+_CLOSE_S: Final = 1.0
+"""How long `close` waits for connections in use."""
 WRITE_TIMEOUT_S: Final = 15.0
 """Writers wait for the write lock, so an answer may take longer than for readers."""
 _WRITERS: Final = 4
@@ -315,11 +319,16 @@ class Database:
             await self.announce(writing.version)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, after a bounded wait for what is being read, such as a reload in the background."""
         if self.replicas is not None:
             await self.replicas.close()
         if self._sqlite is not None:
             await self._sqlite.close()
+        # A connection in use is not closed by `dispose`: it would be left to the garbage collector where its loop ends first.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                while any(checked_out(engine) for engine in (self._reader, self._writer)):
+                    await asyncio.sleep(0.005)
         await self._reader.dispose()
         if self._writer is not self._reader:
             await self._writer.dispose()

@@ -79,6 +79,11 @@ def open_engine(
     return _sqlite(parsed, pool_size, timeout_s, inspect_only)
 
 
+def checked_out(engine: AsyncEngine) -> int:
+    """Connections of an engine that are in use."""
+    return engine.pool.checkedout() if isinstance(engine.pool, QueuePool) else 0
+
+
 def sqlite_reader(engine: AsyncEngine) -> SqliteReader | None:
     """What reads the same database for checks, in as many queries at a time; None unless it is a SQLite file.
 
