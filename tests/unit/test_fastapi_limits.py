@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket
 from fastapi import Request as FastApiRequest
+from fastapi import Response as FastApiResponse
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -133,6 +134,33 @@ async def test_decorated_endpoints(clock: Clock) -> None:
     assert (first.body, first.headers["x-ratelimit-remaining"], second.status) == (b"own", "0", 429)
     parameters = (await client.get("/openapi.json")).json()["paths"]["/request"]["get"]["parameters"]
     assert [each["name"] for each in parameters] == ["n"], "what the decorator adds is not shown"
+
+
+async def test_endpoints_that_take_their_response_as_slowapi_demands(clock: Clock) -> None:
+    """FastAPI hands the response to one parameter alone: that of the endpoint."""
+    store = counted(clock)
+    app = FastAPI()
+
+    @app.get("/async")
+    @limit("9/day", key="ip", counters=store)
+    @limit("2/minute", key="ip", counters=store)
+    async def waiting(request: FastApiRequest, response: FastApiResponse) -> str:
+        response.headers["x-own"] = "yes"
+        return "ran"
+
+    @app.get("/def")
+    @limit("1/minute", key="ip", counters=store)
+    def blocking(request: FastApiRequest, answer: Annotated[FastApiResponse, "of the endpoint"]) -> str:
+        answer.status_code = 201
+        return "ran"
+
+    client = AsgiClient(app)
+    first, second, third = [await client.get("/async") for _ in range(3)]
+    assert (first.status, first.body, first.headers["x-own"]) == (200, b'"ran"', "yes")
+    assert first.headers["x-ratelimit-remaining"] == "1"
+    assert (second.status, third.status) == (200, 429)
+    first, second = [await client.get("/def") for _ in range(2)]
+    assert (first.status, first.headers["x-ratelimit-remaining"], second.status) == (201, "0", 429)
 
 
 async def test_several_limits_on_one_endpoint(clock: Clock) -> None:

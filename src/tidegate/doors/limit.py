@@ -28,6 +28,7 @@ from tidegate.doors.limited_functions import (
     TOO_MANY_REQUESTS,
     answered,
     endpoint_name,
+    own_response,
     take_response,
     takes_any,
 )
@@ -173,20 +174,28 @@ class limit(LimitSteps):
             find, parameter = self._finder(function)
         outer = list(getattr(function, LIMITS, ()))
         passes_on = bool(outer) and parameter_place(function, RESPONSE) is not None
+        response = own_response(function)
         name = self._scope or place.function + (f"#{len(outer)}" if outer else "")
 
         wrap = self._wrap_async if is_async else self._wrap_blocking
-        wrapper = wrap(function, name, find, parameter, passes_on)
+        wrapper = wrap(function, name, find, parameter, passes_on, response or RESPONSE)
         setattr(wrapper, LIMITS, [*outer, self])
-        take_response(wrapper, function)
+        if response is None:
+            take_response(wrapper, function)
         return cast("F", wrapper)
 
     def _wrap_async(
-        self, function: Callable[..., Any], name: str, find: _Find, parameter: tuple[int, Any] | None, passes_on: bool
+        self,
+        function: Callable[..., Any],
+        name: str,
+        find: _Find,
+        parameter: tuple[int, Any] | None,
+        passes_on: bool,
+        response_name: str,
     ) -> Callable[..., Any]:
         @functools.wraps(function)
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            response = kwargs.pop(RESPONSE, None)
+            response = kwargs.pop(RESPONSE, None) if response_name is RESPONSE else kwargs.get(response_name)
             call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
             try:
                 await self._decide_async(call)
@@ -211,11 +220,17 @@ class limit(LimitSteps):
         return call_async
 
     def _wrap_blocking(
-        self, function: Callable[..., Any], name: str, find: _Find, parameter: tuple[int, Any] | None, passes_on: bool
+        self,
+        function: Callable[..., Any],
+        name: str,
+        find: _Find,
+        parameter: tuple[int, Any] | None,
+        passes_on: bool,
+        response_name: str,
     ) -> Callable[..., Any]:
         @functools.wraps(function)
         def call_blocking(*args: Any, **kwargs: Any) -> Any:
-            response = kwargs.pop(RESPONSE, None)
+            response = kwargs.pop(RESPONSE, None) if response_name is RESPONSE else kwargs.get(response_name)
             call = LimitCall(name, find(args, kwargs), args, kwargs, parameter)
             try:
                 self._decide(call)

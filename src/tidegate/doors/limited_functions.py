@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
 
 from tidegate.doors.exceeded import RateLimitExceeded, loaded
 from tidegate.doors.limit_arguments import parameters_of, request_parameters
@@ -96,21 +96,45 @@ def takes_any(function: Callable[..., Any]) -> bool:
     return any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters_of(function).values())
 
 
-def take_response(wrapper: Any, function: Callable[..., Any]) -> None:
-    """Have FastAPI hand the response of an endpoint to the wrapper, which puts the limit headers on it."""
+def _endpoint_signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature of a function that may be an endpoint of FastAPI; None for others."""
     if loaded("fastapi") is None or not request_parameters(function):
-        return
-    from starlette.responses import Response
-
+        return None
     try:
         signature = inspect.signature(function, eval_str=True)
     except (AttributeError, NameError, SyntaxError, TypeError, ValueError):
-        return  # annotations that cannot be evaluated, such as imports for type checkers alone: not an endpoint of FastAPI
+        return None  # annotations that cannot be evaluated, such as imports for type checkers alone: not an endpoint of FastAPI
+    if any(str(getattr(each.annotation, "__module__", "")).startswith("litestar") for each in signature.parameters.values()):
+        return None  # an endpoint of Litestar in a program that uses both
+    return signature
+
+
+def own_response(function: Callable[..., Any]) -> str | None:
+    """The parameter of an endpoint of FastAPI that takes its response: FastAPI fills one such parameter alone, the last."""
+    signature = _endpoint_signature(function)
+    if signature is None:
+        return None
+    from starlette.responses import Response
+
+    found = None
+    for name, each in signature.parameters.items():
+        annotation = get_args(each.annotation)[0] if get_origin(each.annotation) is Annotated else each.annotation
+        if name != RESPONSE and isinstance(annotation, type) and issubclass(annotation, Response):
+            found = name
+    return found
+
+
+def take_response(wrapper: Any, function: Callable[..., Any]) -> None:
+    """Have FastAPI hand the response of an endpoint to the wrapper, which puts the limit headers on it.
+
+    Not where the endpoint takes it itself: see `own_response`.
+    """
+    signature = _endpoint_signature(function)
+    if signature is None or RESPONSE in signature.parameters:  # of another limit of the same endpoint
+        return
+    from starlette.responses import Response
+
     parameters = list(signature.parameters.values())
-    if RESPONSE in signature.parameters:
-        return  # of another limit of the same endpoint
-    if any(str(getattr(each.annotation, "__module__", "")).startswith("litestar") for each in parameters):
-        return  # an endpoint of Litestar in a program that uses both
     added = inspect.Parameter(RESPONSE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Response)
     place = next((i for i, each in enumerate(parameters) if each.kind is each.VAR_KEYWORD), len(parameters))
     parameters.insert(place, added)
