@@ -130,7 +130,7 @@ def _calls(stores: Sequence[Any]) -> int:
     return sum(each.store_calls + each.store.return_calls for each in guarded)
 
 
-def _zipf_lines(server: BenchRedis, seconds: float, *, tell: bool) -> list[tuple[str, float, Goal | None]]:
+def _zipf_lines(server: BenchRedis, seconds: float, *, prints: bool) -> list[tuple[str, float, Goal | None]]:
     """The figures of the Zipf workload, for two algorithms."""
     lines: list[tuple[str, float, Goal | None]] = []
     for algorithm in (Algorithm.SLIDING_WINDOW, Algorithm.FIXED_WINDOW):
@@ -150,7 +150,7 @@ def _zipf_lines(server: BenchRedis, seconds: float, *, tell: bool) -> list[tuple
                 (f"{name}: checks a second", warm.checks / warm.seconds, None),
             ]
             lines += found
-            if tell:
+            if prints:
                 print("\n".join(f"{label} {value:.3f}" for label, value, _ in found), flush=True)
     return lines
 
@@ -280,7 +280,7 @@ def main() -> None:
     zipf_s = 1.0 if smoke else 120.0
     need_wrk()
     with redis_server() as server:
-        zipf_lines = _zipf_lines(server, zipf_s, tell=zipf_alone)
+        zipf_lines = _zipf_lines(server, zipf_s, prints=zipf_alone)
         if zipf_alone:
             report("leases_zipf", "Leases on Redis: Zipf", zipf_lines, smoke=smoke)
             return

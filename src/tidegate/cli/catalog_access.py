@@ -97,7 +97,7 @@ def refusals_as_over_the_api() -> Iterator[None]:
 
 
 def cli_actor() -> str:
-    """The name in the audit log of whoever runs this command."""
+    """The name of the user who runs this command, for the audit log."""
     return f"{CLI_ACTOR}{_user()}"[:_MAX_ACTOR]
 
 
