@@ -25,11 +25,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httptools
 import uvloop
 
 from bench.http import KEYS, VARIED_POLICY
 from bench.measure import Goal, report
+from bench.peers.bare_http import Bare
 from tidegate import time_slice
 from tidegate.catalog.cached import CachedCatalog
 from tidegate.catalog.in_memory import PolicyCatalog
@@ -45,7 +45,6 @@ from tidegate.telemetry.metrics import Metrics
 from tidegate.violations.recorder import Violations
 
 CONNECTIONS = 32
-ANSWER = b"HTTP/1.1 204 No Content\r\ncache-control: no-store\r\n\r\n"
 
 
 class Transport(asyncio.Transport):
@@ -59,30 +58,6 @@ class Transport(asyncio.Transport):
     def is_closing(self) -> bool:
         """Never."""
         return False
-
-
-class Bare(asyncio.Protocol):
-    """As `bench/peers/bare_http.py`."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        self._parser = httptools.HttpRequestParser(self)
-        self._headers: dict[bytes, bytes] = {}
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
-
-    def on_url(self, url: bytes) -> None:
-        self._url = url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.lower()] = value
-
-    def on_message_complete(self) -> None:
-        headers, self._headers = self._headers, {}
-        headers.get(b"x-api-key")
-        headers.get(b"x-original-uri")
-        self._transport.write(ANSWER)  # type: ignore[attr-defined]
 
 
 def authorize(number: int) -> bytes:

@@ -19,7 +19,7 @@ _ANSWER = (
 )
 
 
-class _Bare(asyncio.Protocol):
+class Bare(asyncio.Protocol):
     """Reads what a check needs from a request, and decides nothing."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -44,7 +44,7 @@ class _Bare(asyncio.Protocol):
 
 
 async def _serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(_Bare, "127.0.0.1", port)
+    server = await asyncio.get_running_loop().create_server(Bare, "127.0.0.1", port)
     await server.serve_forever()
 
 

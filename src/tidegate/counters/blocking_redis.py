@@ -79,7 +79,7 @@ class BlockingRedis:
 
     @property
     def grants(self) -> bool:
-        """Whether leases can be granted: Redis answers, and nobody counts there whose version does not know leases."""
+        """Whether leases can be granted: Redis answers, and every instance that counts there has a version with leases."""
         return self._peers_know_leases and not self._breakers and not self._local.owed
 
     def charge_one(self, limits: LimitSet, subject: str, cost: int) -> Decision:

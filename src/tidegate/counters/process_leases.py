@@ -1,4 +1,4 @@
-"""The leases of a program on asyncio: `LeasedCounters` for limiters inside somebody else's process.
+"""The leases of a program on asyncio: `LeasedCounters` for limiters inside programs that are not ours.
 
 Differences to those of a server: several event loops and threads may use them one after the other, or at once; a process may
 fork; and a loop may end without `close`, as that of `asyncio.run` does. Then the units go back in the last turn of the loop.

@@ -27,7 +27,7 @@ class RequestView(Protocol):
         ...
 
     def peer(self) -> str:
-        """Address of whoever connected; empty where there is none."""
+        """Address of the peer; empty where there is none."""
         ...
 
     def header(self, name: str) -> str | None:

@@ -115,7 +115,7 @@ def script(
 def _deciding(work: str, names: Sequence[str], watched: bool, crossings: bool) -> list[str]:
     """What a script has that decides checks, or knows holds.
 
-    Redis makes the functions of a script anew on each call: those that most calls do not need come after the common case, which
+    Redis makes the functions of a script on each call: those that most calls do not need come after the common case, which
     ends before them, or inside a function that is called where they are needed.
     """
     backs = [_read("tidegate.algorithms", part) for part in dict.fromkeys(_BACK[name] for name in names if name in _BACK)]
